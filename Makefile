@@ -1,0 +1,77 @@
+# What a person runs here. Each target says what it needs; 'deps' installs it.
+
+GO        ?= go
+BIN       := bin/cfs-fuse
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+FUZZTIME  ?= 30s
+# Packages of Debian that the tests use: real registries, real unpackers, real
+# images, the kernel's own checkers.
+APT       := btrfs-progs debian-archive-keyring debootstrap docker-registry erofs-utils fuse3 skopeo umoci util-linux xfsprogs
+
+# Where 'install' puts things, and the names of the composefs tools that it
+# links to the command (mount(8) looks for its helper in sbin).
+DESTDIR   ?=
+PREFIX    ?= /usr/local
+SBINDIR   ?= /usr/sbin
+TOOLS     := mkcomposefs composefs-info composefs-dump
+
+.PHONY: all build install demo test check unit race e2e fuzz bench deps clean help
+
+all: build
+
+help:
+	@sed -n 's/^## //p' Makefile
+
+## build   the command, as bin/cfs-fuse
+build:
+	$(GO) build -trimpath -o $(BIN) ./cmd/cfs-fuse
+
+## install the command, and links to it under the names of the composefs tools
+install: build
+	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/cfs-fuse
+	for t in $(TOOLS); do ln -sf cfs-fuse $(DESTDIR)$(PREFIX)/bin/$$t; done
+	install -d $(DESTDIR)$(SBINDIR)
+	ln -sf $(PREFIX)/bin/cfs-fuse $(DESTDIR)$(SBINDIR)/mount.composefs
+
+## demo    the whole story on this machine, with no network: mount, run, fill, seal, swap
+demo: build
+	$(GO) run ./e2e/demo -bin $(BIN)
+
+## test    everything that decides whether a change is good (installs what is missing; root)
+test: deps
+	sh e2e/leaks.sh $(MAKE) --no-print-directory check race e2e fuzz
+
+## check   formatting, vet, staticcheck
+check:
+	@bad=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$bad" ]; then echo "not gofmt'ed: $$bad"; exit 1; fi
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+
+## unit    unit tests, without the race detector and the end-to-end tests
+unit:
+	$(GO) test $$($(GO) list ./... | grep -v /e2e)
+
+## race    unit tests with the race detector
+race:
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v '/e2e$$')
+
+## e2e     the binary against real registries, images and mounts (root)
+e2e: build
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 20m -count 1 ./e2e
+
+## fuzz    each fuzz target for FUZZTIME (30s)
+fuzz:
+	GO=$(GO) FUZZTIME=$(FUZZTIME) sh e2e/fuzz.sh
+
+## deps    install the Debian packages that the tests need
+deps:
+	APT="$(APT)" sh e2e/deps.sh
+
+## bench   the composefs tools beside mkfs.erofs and fsverity: medians and ratios (needs erofs-utils, fsverity)
+bench: build
+	APT="erofs-utils fsverity" sh e2e/deps.sh
+	$(GO) run ./e2e/bench -bin $(BIN)
+
+## clean   remove what was built here
+clean:
+	rm -rf bin dist
