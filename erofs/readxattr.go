@@ -1,0 +1,158 @@
+package erofs
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"strings"
+)
+
+// ErrNoXattr says that an inode does not have the xattr asked for.
+var ErrNoXattr = errors.New("no such xattr")
+
+// A storedXattr is an entry of the image: its name is prefix and suffix.
+type storedXattr struct {
+	prefix        string
+	suffix, value []byte
+	pos           int64 // of the entry in the image
+}
+
+func (x *storedXattr) is(name string) bool {
+	return len(name) == len(x.prefix)+len(x.suffix) && name[:len(x.prefix)] == x.prefix && name[len(x.prefix):] == string(x.suffix)
+}
+
+// eachXattr calls fn for the xattrs of an inode until it returns false: the
+// inline ones, then the shared ones.
+func (r *Reader) eachXattr(i *Inode, fn func(x storedXattr) bool) error {
+	if i.xattrSize == 0 {
+		return nil
+	}
+	b, err := r.bytes(i.NID, i.xattrOff, int(i.xattrSize))
+	if err != nil {
+		return err
+	}
+	refs := b[xattrHeaderSize:]
+	if int(b[4])*4 > len(refs) {
+		return &CorruptError{NID: i.NID, Offset: i.xattrOff + 4, What: fmt.Sprintf("%d shared xattrs in %d bytes", b[4], len(b))}
+	}
+	refs, inline := refs[:int(b[4])*4], refs[int(b[4])*4:]
+	pos := i.inlineOff - int64(len(inline))
+	for len(inline) > 0 {
+		size := int(roundUp(uint64(xattrEntrySize)+uint64(inline[0])+uint64(le.Uint16(inline[2:])), 4))
+		if size > len(inline) {
+			return &CorruptError{NID: i.NID, Offset: pos, What: "an xattr longer than the inode has room for"}
+		}
+		x := parseXattr(inline, pos)
+		if !fn(x) {
+			return nil
+		}
+		inline, pos = inline[size:], pos+int64(size)
+	}
+	for ; len(refs) > 0; refs = refs[4:] {
+		pos := r.xattrBase + 4*int64(le.Uint32(refs))
+		h, err := r.bytes(i.NID, pos, xattrEntrySize)
+		if err != nil {
+			return err
+		}
+		e, err := r.bytes(i.NID, pos, xattrEntrySize+int(h[0])+int(le.Uint16(h[2:])))
+		if err != nil {
+			return err
+		}
+		x := parseXattr(e, pos)
+		if !fn(x) {
+			return nil
+		}
+	}
+	return nil
+}
+
+// parseXattr takes the entry at the start of b, which holds it all.
+func parseXattr(b []byte, pos int64) storedXattr {
+	x := storedXattr{pos: pos}
+	if int(b[1]) < len(xattrPrefixes) {
+		x.prefix = xattrPrefixes[b[1]]
+	}
+	value := xattrEntrySize + int(b[0])
+	x.suffix = b[xattrEntrySize:value:value]
+	end := value + int(le.Uint16(b[2:]))
+	x.value = b[value:end:end]
+	return x
+}
+
+// Xattr returns the value of an xattr by the name it has in the image; see
+// StoredXattr. The value is of the image. The error is ErrNoXattr itself if
+// the inode has none of the name, which the inode's name filter usually says
+// without a search.
+func (r *Reader) Xattr(i Inode, name string) ([]byte, error) {
+	if i.xattrSize == 0 {
+		return nil, ErrNoXattr
+	}
+	// Writers do not agree on the prefix of "lustre.", so on its bit.
+	if r.hasFilter && !strings.HasPrefix(name, "lustre.") {
+		b, err := r.bytes(i.NID, i.xattrOff, xattrHeaderSize)
+		if err != nil {
+			return nil, err
+		}
+		if le.Uint32(b)&filterBit(splitXattr(name)) != 0 {
+			return nil, ErrNoXattr
+		}
+	}
+	var value []byte
+	found := false
+	err := r.eachXattr(&i, func(x storedXattr) bool {
+		if found = x.is(name); found {
+			value = x.value
+		}
+		return !found
+	})
+	if err == nil && !found {
+		err = ErrNoXattr
+	}
+	return value, err
+}
+
+// Xattrs returns all xattrs of an inode as the image stores them, those kept
+// in the inode first, then the shared ones. The values are of the image. The
+// kernel shows those whose names have a known prefix ("user.", "trusted.",
+// "security." or a POSIX ACL) only.
+func (r *Reader) Xattrs(i Inode) ([]Xattr, error) {
+	var list []Xattr
+	err := r.eachXattr(&i, func(x storedXattr) bool {
+		list = append(list, Xattr{x.prefix + string(x.suffix), x.value})
+		return true
+	})
+	return list, err
+}
+
+// Payload says where the data of an External file is: the path of its object
+// below the folder of objects ("ab/cdef…", "" if the image does not say) and
+// the object's fs-verity digest (32 or 64 bytes of the image, nil if it does
+// not say).
+func (r *Reader) Payload(i Inode) (path string, digest []byte, err error) {
+	if !i.external {
+		return "", nil, nil
+	}
+	redirect, err := r.Xattr(i, redirectXattr)
+	if err != nil && err != ErrNoXattr {
+		return "", nil, err
+	}
+	metacopy, err := r.Xattr(i, metacopyXattr)
+	if err != nil && err != ErrNoXattr {
+		return "", nil, err
+	}
+	return payloadOf(redirect), digestOf(metacopy), nil
+}
+
+// payloadOf returns the path in a redirect.
+func payloadOf(redirect []byte) string {
+	return string(bytes.TrimPrefix(redirect, []byte{'/'}))
+}
+
+// digestOf returns the digest in a metacopy value (overlayfs's struct
+// ovl_metacopy), nil if it has none.
+func digestOf(metacopy []byte) []byte {
+	if n := len(metacopy); n != 36 && n != 68 || metacopy[0] != 0 || int(metacopy[1]) != n || int(metacopy[3]) != (n-4)/32 {
+		return nil
+	}
+	return metacopy[4:]
+}
