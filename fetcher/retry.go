@@ -1,0 +1,346 @@
+package fetcher
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/remotes/docker"
+)
+
+// The breaker of a host opens after failures in a row, and then lets one
+// request through after each pause.
+const (
+	breakAfter   = 5
+	minPause     = 500 * time.Millisecond
+	maxPause     = 8 * time.Second
+	maxRetryWait = time.Minute // of a Retry-After that we heed
+	minBackoff   = 100 * time.Millisecond
+	maxBackoff   = 3 * time.Second
+	pollPause    = 50 * time.Millisecond // while another request tries the host
+)
+
+// A breaker keeps requests from a host that fails. The zero value is closed.
+type breaker struct {
+	lock     sync.Mutex
+	failures int       // in a row, those of requests already out when it opened not counted
+	until    time.Time // the host is to be left alone
+	probing  bool      // a request is out to see whether it answers again
+	last     error     // of the last failure
+}
+
+// allow reports whether the host may be asked now, else how long not.
+func (b *breaker) allow(now time.Time) (wait time.Duration) {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	if d := b.until.Sub(now); d > 0 {
+		return d
+	}
+	if b.failures >= breakAfter {
+		if b.probing {
+			return pollPause
+		}
+		b.probing = true
+	}
+	return 0
+}
+
+// report tells the breaker how a request that it allowed has ended. cost is
+// how many failures err counts for, 0: it was answered.
+func (b *breaker) report(now time.Time, err error, cost int, retryAfter time.Duration) {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	b.probing = false
+	if cost > 0 {
+		b.last = err
+	}
+	switch {
+	case cost == 0:
+		b.failures = 0
+	case !b.until.After(now):
+		if b.failures += cost; b.failures >= breakAfter {
+			b.until = now.Add(jitter(min(maxPause, minPause<<min(b.failures-breakAfter, 10))))
+		}
+	}
+	if t := now.Add(min(retryAfter, maxRetryWait)); retryAfter > 0 && t.After(b.until) {
+		b.until = t
+	}
+}
+
+// lastError returns the last failure that was reported.
+func (b *breaker) lastError() error {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	return b.last
+}
+
+// release takes back an allowed request that ended without an outcome.
+func (b *breaker) release() {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	b.probing = false
+}
+
+// jitter gives between half of d and d.
+func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
+
+// ask tries the hosts that may answer q in order until try succeeds, and then
+// again after a pause, until q.rounds or ReadTimeout is over, or the fault is
+// one that time does not heal. The error is of every host that was asked.
+func (r *registry) ask(ctx context.Context, q *query, try func(*host) error) error {
+	return r.askFrom(ctx, q, 0, time.Now().Add(r.opts.ReadTimeout), try)
+}
+
+func (r *registry) askFrom(ctx context.Context, q *query, skip int, deadline time.Time, try func(*host) error) error {
+	errs := make([]error, len(r.hosts)) // the last of each host
+	dead := make([]bool, len(r.hosts))  // that error is permanent
+	for i, h := range r.hosts {
+		if !h.can.Has(q.need) {
+			dead[i] = true
+		}
+	}
+	for round := 0; ; round++ {
+		wait := time.Duration(-1) // the shortest of the hosts that are alive
+		tried := false
+		for i := range r.hosts {
+			i = (i + skip) % len(r.hosts)
+			h := r.hosts[i]
+			if dead[i] {
+				continue
+			}
+			if d := h.allow(time.Now()); d > 0 {
+				if wait < 0 || d < wait {
+					wait = d
+				}
+				continue
+			}
+			tried = true
+			err := try(h)
+			if cause := context.Cause(ctx); cause != nil {
+				h.release()
+				return cause
+			}
+			if err == nil {
+				h.report(time.Now(), nil, 0, 0)
+				return nil
+			}
+			errs[i] = err
+			var retryAfter time.Duration
+			cost := 1
+			if status, ok := errors.AsType[*StatusError](err); ok {
+				if dead[i] = status.permanent(); dead[i] {
+					cost = 0
+				}
+				if retryAfter = status.RetryAfter; dead[i] {
+					retryAfter = 0
+				}
+			} else if errors.Is(err, errStalled) {
+				cost = breakAfter
+			} else if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
+				dead[i] = true
+			}
+			h.report(time.Now(), err, cost, retryAfter)
+			if !dead[i] {
+				r.opts.Logger.Debug("a request failed and is tried again", "error", err)
+				if retryAfter > 0 && (wait < 0 || retryAfter < wait) {
+					wait = retryAfter
+				}
+			}
+		}
+		alive := false
+		for _, d := range dead {
+			alive = alive || !d
+		}
+		if !tried {
+			round-- // all hosts are being left alone
+		}
+		pause := jitter(min(maxBackoff, minBackoff<<min(max(round, 0), 10)))
+		if wait > pause || !tried {
+			pause = wait
+		}
+		if !alive || q.rounds > 0 && round+1 >= q.rounds || time.Now().Add(pause).After(deadline) {
+			for i, h := range r.hosts {
+				if errs[i] == nil && !dead[i] {
+					errs[i] = h.lastError() // it was left alone for that
+				}
+			}
+			if err := joined(errs); err != nil {
+				return err
+			}
+			return fmt.Errorf("get %s: %w", q.object, errNoHost)
+		}
+		select {
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		case <-time.After(max(pause, time.Millisecond)):
+		}
+	}
+}
+
+// joined makes one error, on one line, of those of the hosts.
+func joined(errs []error) error {
+	var all error
+	for _, err := range errs {
+		switch {
+		case err == nil:
+		case all == nil:
+			all = err
+		default:
+			all = fmt.Errorf("%w; %w", all, err)
+		}
+	}
+	return all
+}
+
+// A registryBody is a range that goes on elsewhere when it breaks off.
+type registryBody struct {
+	b        *registryBlob
+	ctx      context.Context
+	cancel   func()
+	skip     int
+	off, end int64 // what is left of the range
+	cur      *answer
+	failed   error     // final
+	gained   time.Time // when it last got on
+	breaks   int       // since then
+	bytes    int64     // since the last break
+}
+
+// gain is how many bytes a body must give to count as getting on: a host that
+// breaks off sooner each time is as good as none.
+const gain = 64 << 10
+
+// minPart is how many bytes an answer with less than the whole range must give
+// not to count as a failure.
+const minPart = 16 << 10
+
+// reopen gets an answer that stands at b.off.
+func (b *registryBody) reopen() error {
+	if b.gained.IsZero() {
+		b.gained = time.Now()
+	}
+	r := b.b.r
+	q := &query{object: "blob " + b.b.desc.Digest.String(), need: docker.HostCapabilityPull}
+	err := r.askFrom(b.ctx, q, b.skip, b.gained.Add(r.opts.ReadTimeout), func(h *host) error {
+		a, err := b.b.open(b.ctx, h, b.off, b.end)
+		b.cur = a
+		return err
+	})
+	if err != nil {
+		b.cur = nil
+		if cause := context.Cause(b.ctx); cause != nil {
+			return cause
+		}
+		return advise(err, r.ref.host)
+	}
+	return nil
+}
+
+func (b *registryBody) Read(p []byte) (int, error) {
+	for b.failed == nil {
+		if b.off == b.end {
+			return 0, io.EOF
+		}
+		if b.cur == nil {
+			if b.failed = b.reopen(); b.failed != nil {
+				break
+			}
+		}
+		n, err := b.readCurrent(p)
+		if n > 0 {
+			b.off += int64(n)
+			b.gain(int64(n))
+			return n, nil
+		}
+		if err == nil {
+			continue
+		}
+		if cause := context.Cause(b.ctx); cause != nil {
+			b.failed = cause
+			break
+		}
+		if err == io.EOF && b.cur.off == b.cur.end && b.cur.got >= minPart {
+			b.cur.close() // it sends so much at a time, and said so
+			b.cur = nil
+			continue
+		}
+		// The host counts as failed once more, and the next one is asked
+		// for the rest, unless nothing has come for too long.
+		h := b.cur.h
+		err = fmt.Errorf("get blob %s from %s: %w", b.b.desc.Digest, h.name, noEOF(err))
+		cost := 1
+		if errors.Is(err, errStalled) {
+			cost = breakAfter
+		}
+		h.report(time.Now(), err, cost, 0)
+		b.b.r.opts.Logger.Debug("a body broke off and is asked for again", "offset", b.off, "error", err)
+		b.cur.ok = false
+		b.cur.close()
+		b.cur = nil
+		b.skip = h.index + 1
+		if b.bytes = 0; b.breaks > 2 && time.Since(b.gained) > b.b.r.opts.ReadTimeout {
+			b.failed = advise(err, b.b.r.ref.host)
+		} else if !pause(b.ctx, jitter(min(maxBackoff, minBackoff<<min(b.breaks, 10)))) {
+			b.failed = context.Cause(b.ctx)
+		}
+		b.breaks++
+	}
+	return 0, b.failed
+}
+
+// gain counts n bytes that have come.
+func (b *registryBody) gain(n int64) {
+	if b.bytes += n; b.bytes >= gain {
+		b.gained, b.breaks = time.Now(), 0
+	}
+}
+
+// readCurrent reads from the answer at hand, past what a whole blob has in
+// front of the range.
+func (b *registryBody) readCurrent(p []byte) (int, error) {
+	if skip := b.off - b.cur.off; skip > 0 {
+		n, err := io.CopyN(io.Discard, b.cur, min(skip, 1<<20))
+		b.gain(n)
+		if n > 0 {
+			return 0, nil
+		}
+		return 0, err
+	}
+	return b.cur.Read(p[:min(int64(len(p)), b.end-b.off)])
+}
+
+// Whole turns the body into that of the whole blob, if that is what the server
+// sends anyway; else it returns nil.
+func (b *registryBody) Whole() io.Reader {
+	if b.cur == nil || !b.cur.whole || b.cur.off != 0 {
+		return nil
+	}
+	b.off, b.end = 0, b.b.desc.Size
+	return b
+}
+
+func (b *registryBody) Close() error {
+	if b.cur != nil {
+		b.cur.close()
+		b.cur = nil
+	}
+	b.cancel()
+	if b.failed == nil {
+		b.failed = ErrClosed
+	}
+	return nil
+}
+
+func pause(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
