@@ -1,0 +1,241 @@
+// Package fusefs serves a composefs EROFS image as a read-only FUSE
+// filesystem: names, attributes and extended attributes come from the image,
+// the bytes of files from a Contents. It knows nothing of registries, stores
+// or layers, keeps nothing per file on the heap, and never writes.
+//
+// The node ID of a file is its nid in the image, except that the root is node
+// 1 (FUSE_ROOT_ID). There is no state behind a node or a file handle, so any
+// process that has the image and the contents can answer any request:
+//
+//	kernel ── LOOKUP 36 "bin" ──► Reader.Lookup(nid 36, "bin")  ─► nid 57
+//	kernel ── READ 57, 4096 B ──► redirect of nid 57 = "ab/cdef…"
+//	                              Contents.ReadAt("ab/cdef…", …)  ─► bytes
+//
+// What the kernel asks once it keeps: entries and attributes have long
+// timeouts, absent names are remembered, page caches are kept, and files and
+// folders are opened without asking us (we answer the first OPEN and OPENDIR
+// with ENOSYS, which linux/fuse.h documents as "no open").
+//
+// The tree is shown as overlayfs would show it with the image as its lowest
+// layer: trusted.overlay.* is hidden, trusted.overlay.overlay.* loses one
+// "overlay.", and character devices 0:0 (whiteouts) are not there.
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log"
+	"log/slog"
+	"os"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
+)
+
+// Contents gives the bytes of the files that an image only refers to.
+type Contents interface {
+	// ReadAt reads len(p) bytes at offset off of the object that an inode's
+	// trusted.overlay.redirect names, without its leading slash
+	// ("ab/cdef…"). It returns fewer only at the object's end. Fetched says
+	// that at least one byte was not local when the call came. The context
+	// ends when the reader has been killed or the filesystem is unmounted.
+	ReadAt(ctx context.Context, object string, p []byte, off int64) (n int, fetched bool, err error)
+}
+
+// Options say how an image is served. The zero value is right for most.
+type Options struct {
+	// Source is what mount tables show as the mount's source.
+	Source string
+	// Metrics and Logger may be nil.
+	Metrics *metrics.Metrics
+	Logger  *slog.Logger
+	// OnError is called, if set, for each failed read, with the inode's nid,
+	// the object and the error, before the reader gets its errno.
+	OnError func(nid uint64, object string, err error)
+}
+
+// FSType is the type that mount tables show for a mount of this package.
+const FSType = "fuse.cfs-fuse"
+
+// A Server serves one image at one mount point.
+type Server struct {
+	fuse *fuse.Server
+	fs   *fileSystem
+	done chan struct{}
+	once sync.Once
+	id   int // of the mount, as mountinfo has it
+}
+
+// Mount attaches the image at the folder mountpoint and serves it from its
+// own goroutines until it is unmounted. A nil error promises that the mount is
+// visible and answers. As root the kernel's mount API is used, otherwise the
+// fusermount3 helper.
+//
+// Setuid bits and device nodes work as root, as in any mount of a root
+// filesystem; without root the kernel's helper forbids both.
+func Mount(mountpoint string, image *erofs.Reader, contents Contents, o Options) (*Server, error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Source == "" {
+		o.Source = "cfs-fuse"
+	}
+	o.Source = o.Source[:min(len(o.Source), kmount.MaxString)]
+	root := os.Geteuid() == 0
+	opts := &fuse.MountOptions{
+		AllowOther:               root,
+		Options:                  []string{"ro", "default_permissions"},
+		FsName:                   o.Source,
+		Name:                     strings.TrimPrefix(FSType, "fuse."),
+		MaxWrite:                 maxRead,
+		MaxBackground:            maxBackground,
+		EnableSymlinkCaching:     true,
+		ExplicitDataCacheControl: true,
+		EnableAcl:                image.Header().HasACL,
+		DisabledCapabilities:     fuse.CAP_PASSTHROUGH,
+		Logger:                   log.New(logWriter{o.Logger}, "", 0),
+	}
+	fsys := newFileSystem(image, contents, o)
+	srv := &Server{fs: fsys, done: make(chan struct{})}
+	var err error
+	if root {
+		err = srv.mountDirect(mountpoint, opts)
+	} else {
+		srv.fuse, err = fuse.NewServer(fsys, mountpoint, opts)
+		if err == nil {
+			go srv.serve()
+		}
+	}
+	if err != nil {
+		return nil, hint.Wrap(fmt.Errorf("mount FUSE at %s: %w", mountpoint, err),
+			"check that /dev/fuse exists and, without root, that fusermount3 is installed")
+	}
+	info, err := kmount.At(mountpoint)
+	if err != nil {
+		return nil, errors.Join(err, srv.Close(context.Background(), mountpoint))
+	}
+	srv.id = info.ID
+	return srv, nil
+}
+
+// IsTop reports whether this server's mount is the topmost one at mountpoint.
+func (s *Server) IsTop(mountpoint string) bool {
+	info, err := kmount.At(mountpoint)
+	return err == nil && info.ID == s.id
+}
+
+// mountDirect builds the mount detached, lets the server answer INIT, and only
+// then makes it visible.
+func (s *Server) mountDirect(mountpoint string, o *fuse.MountOptions) error {
+	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open /dev/fuse: %w", err)
+	}
+	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY,
+		kmount.Flag("ro"),
+		kmount.String("source", o.FsName), kmount.String("subtype", o.Name),
+		kmount.String("fd", strconv.Itoa(dev)),
+		kmount.String("rootmode", strconv.FormatUint(unix.S_IFDIR, 8)),
+		kmount.String("user_id", "0"), kmount.String("group_id", "0"),
+		kmount.Flag("default_permissions"), kmount.Flag("allow_other"),
+		kmount.String("max_read", strconv.Itoa(o.MaxWrite)))
+	if err != nil {
+		unix.Close(dev)
+		return err
+	}
+	defer m.Close()
+	// NewServer takes the descriptor over, whether it succeeds or not.
+	s.fuse, err = fuse.NewServer(s.fs, fmt.Sprintf("/dev/fd/%d", dev), o)
+	if err != nil {
+		return err
+	}
+	go s.serve()
+	if err = refusePoll(m); err == nil {
+		err = kmount.Attach(m, mountpoint)
+	}
+	if err != nil {
+		// Closing m drops the last reference, and Serve ends by itself.
+		m.Close()
+		<-s.done
+	}
+	return err
+}
+
+// refusePoll makes the kernel learn, from go-fuse's answer to a name of its
+// own, that this filesystem has no POLL. Otherwise a Go program that opens a
+// file of its own mount waits for that answer inside its poller, where it may
+// hold the last processor that could give it (go-fuse does the same in
+// WaitMount, but not for mounts that it did not make).
+func refusePoll(m *os.File) error {
+	fd, err := unix.Openat(int(m.Fd()), ".go-fuse-epoll-hack", unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("first request: %w", err)
+	}
+	defer unix.Close(fd)
+	unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+	return nil
+}
+
+func (s *Server) serve() {
+	s.fuse.Serve()
+	s.fs.stop()
+	close(s.done)
+}
+
+// Done is closed when the kernel has let go of the filesystem: it is
+// unmounted everywhere and its last file is closed.
+func (s *Server) Done() <-chan struct{} { return s.done }
+
+// Close detaches the mount from mountpoint, cancels reads that wait, and
+// returns when the kernel has let go of the filesystem or ctx ends. What others
+// have mounted over it stays, and keeps it.
+func (s *Server) Close(ctx context.Context, mountpoint string) error {
+	var err error
+	s.once.Do(func() {
+		select {
+		case <-s.done:
+			return
+		default:
+		}
+		if s.id != 0 && !s.IsTop(mountpoint) {
+			return
+		}
+		err = kmount.Detach(mountpoint)
+		if err != nil && os.Geteuid() != 0 {
+			err = s.fuse.Unmount()
+		}
+	})
+	if err != nil {
+		return err
+	}
+	s.fs.stop()
+	select {
+	case <-s.done:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("unmount %s: files are still open: %w", mountpoint, ctx.Err())
+	}
+}
+
+// logWriter passes go-fuse's complaints to the program's log, all but those
+// about a reader that has gone: its answer then has no taker.
+type logWriter struct{ l *slog.Logger }
+
+func (w logWriter) Write(p []byte) (int, error) {
+	msg := strings.TrimSpace(string(p))
+	if !strings.Contains(msg, "Write/Writev failed, err: 2=no such file or directory") {
+		w.l.Warn("fuse", "message", msg)
+	}
+	return len(p), nil
+}
+
+var errStopped = errors.New("the filesystem is being unmounted")

@@ -1,0 +1,223 @@
+package fusefs
+
+import (
+	"context"
+	"errors"
+	"io/fs"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+)
+
+const (
+	// maxRead is the largest READ request: linux/fuse.h allows 256 pages
+	// before fs.fuse.max_pages_limit is raised.
+	maxRead = 1 << 20
+	// maxBackground is how many readahead requests the kernel has under way
+	// at once. Each may wait for a registry, so the default of 12 would let
+	// a few cold files stall the rest.
+	maxBackground = 128
+	// forever is how long the kernel may believe what it was told, in
+	// seconds: the image never changes under its mount.
+	forever = 10 * 365 * 24 * 3600
+)
+
+// fileSystem answers the kernel's requests. Operations that it does not have
+// are answered with ENOSYS by the embedded default, after which the kernel
+// does without them.
+type fileSystem struct {
+	fuse.RawFileSystem
+	image    *erofs.Reader
+	root     uint64
+	contents Contents
+	opts     Options
+	ctx      context.Context // ends with the mount
+	cancel   context.CancelCauseFunc
+}
+
+var _ fuse.RawFileSystem = (*fileSystem)(nil)
+
+func newFileSystem(image *erofs.Reader, contents Contents, o Options) *fileSystem {
+	ctx, cancel := context.WithCancelCause(context.Background())
+	return &fileSystem{
+		RawFileSystem: fuse.NewDefaultRawFileSystem(),
+		image:         image,
+		root:          image.Root(),
+		contents:      contents,
+		opts:          o,
+		ctx:           ctx,
+		cancel:        cancel,
+	}
+}
+
+// stop wakes every read that waits.
+func (f *fileSystem) stop() { f.cancel(errStopped) }
+
+func (f *fileSystem) String() string { return "cfs-fuse" }
+
+// nid turns a FUSE node ID into a nid of the image.
+func (f *fileSystem) nid(node uint64) uint64 {
+	if node == fuse.FUSE_ROOT_ID {
+		return f.root
+	}
+	return node
+}
+
+// node turns a nid of the image into a FUSE node ID.
+func (f *fileSystem) node(nid uint64) uint64 {
+	if nid == f.root {
+		return fuse.FUSE_ROOT_ID
+	}
+	return nid
+}
+
+func (f *fileSystem) inode(node uint64) (erofs.Inode, fuse.Status) {
+	ino, err := f.image.Inode(f.nid(node))
+	if err != nil {
+		return ino, f.fail(f.nid(node), "", err)
+	}
+	return ino, fuse.OK
+}
+
+// isWhiteout reports whether overlayfs would take the inode for a whiteout.
+func isWhiteout(ino *erofs.Inode) bool {
+	return ino.Mode&unix.S_IFMT == unix.S_IFCHR && ino.Rdev == 0
+}
+
+// attr fills in what stat(2) shows. EROFS has one time per inode.
+func attr(ino *erofs.Inode, out *fuse.Attr) {
+	out.Ino = ino.NID
+	out.Size = uint64(ino.Size)
+	out.Blocks = (uint64(ino.Size) + 4095) / 4096 * 8
+	out.Blksize = 4096
+	sec := uint64(ino.MtimeSec)
+	out.Mtime, out.Atime, out.Ctime = sec, sec, sec
+	out.Mtimensec, out.Atimensec, out.Ctimensec = ino.MtimeNsec, ino.MtimeNsec, ino.MtimeNsec
+	out.Mode = ino.Mode
+	out.Nlink = ino.Nlink
+	out.Uid, out.Gid = ino.UID, ino.GID
+	out.Rdev = ino.Rdev
+}
+
+func (f *fileSystem) entry(ino *erofs.Inode, out *fuse.EntryOut) {
+	out.NodeId = f.node(ino.NID)
+	out.Generation = 1
+	out.EntryValid, out.AttrValid = forever, forever
+	attr(ino, &out.Attr)
+}
+
+func (f *fileSystem) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	dir, st := f.inode(h.NodeId)
+	if !st.Ok() {
+		return st
+	}
+	nid, err := f.image.Lookup(dir, name)
+	var ino erofs.Inode
+	if err == nil {
+		ino, err = f.image.Inode(nid)
+	}
+	switch {
+	case errors.Is(err, fs.ErrNotExist), err == nil && isWhiteout(&ino):
+		// Node 0 with a timeout: the kernel remembers that the name is absent.
+		*out = fuse.EntryOut{EntryValid: forever}
+		return fuse.OK
+	case err != nil:
+		return f.fail(dir.NID, "", err)
+	}
+	f.entry(&ino, out)
+	return fuse.OK
+}
+
+// Forget does nothing: a node has no state here.
+func (f *fileSystem) Forget(uint64, uint64) {}
+
+func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	ino, st := f.inode(in.NodeId)
+	if !st.Ok() {
+		return st
+	}
+	out.AttrValid = forever
+	attr(&ino, &out.Attr)
+	return fuse.OK
+}
+
+func (f *fileSystem) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {
+	ino, st := f.inode(h.NodeId)
+	if !st.Ok() {
+		return nil, st
+	}
+	target, err := f.image.Readlink(ino)
+	if err != nil {
+		return nil, f.fail(ino.NID, "", err)
+	}
+	return []byte(target), fuse.OK
+}
+
+// Open and OpenDir answer ENOSYS: the kernel then opens files and folders by
+// itself, keeps their pages and listings, and never asks again (fuse_file_open
+// in the kernel's fs/fuse/file.c).
+func (f *fileSystem) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
+	return fuse.ENOSYS
+}
+
+func (f *fileSystem) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
+	return fuse.ENOSYS
+}
+
+func (f *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return f.readDir(in, func(e *fuse.DirEntry, ino *erofs.Inode) bool {
+		return out.AddDirEntry(*e)
+	})
+}
+
+func (f *fileSystem) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return f.readDir(in, func(e *fuse.DirEntry, ino *erofs.Inode) bool {
+		o := out.AddDirLookupEntry(*e)
+		if o == nil {
+			return false
+		}
+		if e.Name != "." && e.Name != ".." {
+			f.entry(ino, o)
+		}
+		return true
+	})
+}
+
+// readDir gives add the entries from the request's offset on, each with its
+// inode, until add has no more room.
+func (f *fileSystem) readDir(in *fuse.ReadIn, add func(*fuse.DirEntry, *erofs.Inode) bool) fuse.Status {
+	dir, st := f.inode(in.NodeId)
+	if !st.Ok() {
+		return st
+	}
+	var inner error
+	err := f.image.ReadDir(dir, in.Offset, func(e erofs.DirEntry, next uint64) bool {
+		ino, err := f.image.Inode(e.NID)
+		if err != nil {
+			inner = err
+			return false
+		}
+		if isWhiteout(&ino) {
+			return true
+		}
+		return add(&fuse.DirEntry{Name: string(e.Name), Mode: ino.Mode, Ino: ino.NID, Off: next}, &ino)
+	})
+	if err == nil {
+		err = inner
+	}
+	if err != nil {
+		return f.fail(dir.NID, "", err)
+	}
+	return fuse.OK
+}
+
+func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	h := f.image.Header()
+	out.Bsize, out.Frsize = 4096, 4096
+	out.Blocks = uint64(h.Size / 4096)
+	out.Files = h.Inodes
+	out.NameLen = 255
+	return fuse.OK
+}
