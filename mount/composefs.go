@@ -1,0 +1,98 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/fusefs"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+)
+
+// startComposefs serves a composefs image that somebody else made, with its
+// folders of objects, through FUSE. Everything is local: there is nothing to
+// fill, and the image is not ours to seal.
+func (m *Mount) startComposefs(path string) error {
+	if len(m.opts.Objects) == 0 {
+		return hint.Wrap(fmt.Errorf("mount %s: no folder of objects", m.source), "add --objects DIR")
+	}
+	objects := &objectFolders{}
+	for _, dir := range m.opts.Objects {
+		root, err := os.OpenRoot(dir)
+		if err != nil {
+			objects.close()
+			return fmt.Errorf("folder of objects: %w", err)
+		}
+		objects.roots = append(objects.roots, root)
+	}
+	digest, err := measure(path)
+	if err != nil {
+		objects.close()
+		return err
+	}
+	if want := m.opts.Digest; !want.IsZero() && digest != hexDigest(want) {
+		objects.close()
+		return hint.Wrap(fmt.Errorf("%s: its fs-verity digest is %s, --digest wants %s", path, digest, hexDigest(want)),
+			"check which image the digest was made for")
+	}
+	if m.reader, err = erofs.OpenFile(path); err != nil {
+		objects.close()
+		return err
+	}
+	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, fusefs.Options{
+		Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
+	})
+	if err != nil {
+		objects.close()
+		return err
+	}
+	m.objects = objects
+	m.update(func(s *Status) {
+		s.State = Complete
+		s.ComposefsDigest = digest.String()
+		s.Verity = "not enforced (FUSE serves)"
+		s.Note = "a composefs: source is served as it is"
+		s.stuck = errors.New(s.Note)
+	})
+	return nil
+}
+
+// objectFolders finds objects below folders, in order, and nothing outside of
+// them whatever an image's redirects say.
+type objectFolders struct{ roots []*os.Root }
+
+var _ fusefs.Contents = (*objectFolders)(nil)
+
+func (o *objectFolders) ReadAt(_ context.Context, object string, p []byte, off int64) (int, bool, error) {
+	name := filepath.FromSlash(strings.TrimLeft(object, "/"))
+	for _, root := range o.roots {
+		// Objects are regular files; a fifo must not block the open.
+		f, err := root.OpenFile(name, os.O_RDONLY|unix.O_NONBLOCK, 0)
+		if errors.Is(err, os.ErrNotExist) {
+			continue
+		}
+		if err != nil {
+			return 0, false, fmt.Errorf("object %s: %w", object, err)
+		}
+		defer f.Close()
+		n, err := f.ReadAt(p, off)
+		if err == io.EOF {
+			err = nil
+		}
+		return n, false, err
+	}
+	return 0, false, fmt.Errorf("object %s: %w in any folder of objects", object, os.ErrNotExist)
+}
+
+func (o *objectFolders) close() {
+	for _, r := range o.roots {
+		r.Close()
+	}
+}

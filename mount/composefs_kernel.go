@@ -1,0 +1,310 @@
+package mount
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+	"github.com/cfs-fuse/cfs-fuse/verity"
+)
+
+// ComposefsOptions say how the kernel mounts a composefs image, as the options
+// of mount.composefs do.
+type ComposefsOptions struct {
+	// Basedirs are the folders of objects, in the order in which an object is
+	// looked for. At least one.
+	Basedirs []string
+	// Digest, if not nil, is the fs-verity SHA-256 digest that the image must
+	// have, and the kernel must vouch for; it implies Verity Require.
+	Digest []byte
+	// Verity is Require: every file needs a digest in the image that its object
+	// has, enforced by the kernel at each open; Try: the same if the kernel and
+	// the objects' filesystem know fs-verity, else nothing is enforced; or Off
+	// (also when empty).
+	Verity Policy
+	// Upper and Work, both or none, make the mount writable: overlayfs's
+	// upperdir and workdir.
+	Upper, Work string
+	// ReadOnly makes the mount read-only even with Upper.
+	ReadOnly bool
+	// IDMap, if not empty, is the path of a user namespace (/proc/PID/ns/user)
+	// by which the image's user and group IDs are mapped.
+	IDMap string
+}
+
+// Composefs has the kernel mount the composefs image at imagePath over the
+// folder mountpoint. With an error nothing is mounted. A nil error promises the
+// tree, not its objects, which may come later; where fs-verity is enforced, one
+// that is there was opened and read.
+func Composefs(imagePath, mountpoint string, o ComposefsOptions) error {
+	m, err := composefsMount(imagePath, o)
+	if err != nil {
+		return err
+	}
+	defer m.Close()
+	return kmount.Attach(m, mountpoint)
+}
+
+// composefsMount builds the mount, visible nowhere yet.
+func composefsMount(imagePath string, o ComposefsOptions) (*os.File, error) {
+	// All that follows uses this descriptor, so that the image that is checked
+	// is the one that is mounted.
+	image, err := os.Open(imagePath)
+	if err != nil {
+		return nil, fmt.Errorf("composefs image: %w", err)
+	}
+	defer image.Close()
+	if o.Digest != nil {
+		o.Verity = Require
+		if err := checkImage(image, o.Digest); err != nil {
+			return nil, err
+		}
+	}
+	r, err := erofs.OpenFile(kmount.Path(image))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", imagePath, err)
+	}
+	defer r.Close()
+	if !r.Header().Composefs {
+		return nil, fmt.Errorf("%s: not a composefs image", imagePath)
+	}
+	lower, err := erofsMount(kmount.Path(image), !r.Header().HasACL)
+	if err != nil {
+		return nil, err
+	}
+	defer lower.Close()
+	if o.IDMap != "" {
+		if err := idmap(lower, o.IDMap); err != nil {
+			return nil, err
+		}
+	}
+	over := overlay{source: "composefs", lower: lower, readOnly: o.ReadOnly || o.Upper == ""}
+	if over.upper, err = absolute(o.Upper); err != nil {
+		return nil, err
+	}
+	if over.work, err = absolute(o.Work); err != nil {
+		return nil, err
+	}
+	for _, dir := range o.Basedirs {
+		abs, err := absolute(dir)
+		if err != nil {
+			return nil, err
+		}
+		over.objects = append(over.objects, abs)
+	}
+	if o.Verity != Require && o.Verity != Try {
+		return over.mount()
+	}
+	over.enforce = true
+	m, err := over.mountEnforced(r)
+	if _, unsupported := errors.AsType[*unenforceableError](err); unsupported && o.Verity == Try {
+		over.enforce = false
+		return over.mount()
+	}
+	return m, err
+}
+
+// absolute returns a path that means something to readers of mount tables, ""
+// for none.
+func absolute(path string) (string, error) {
+	if path == "" {
+		return "", nil
+	}
+	return filepath.Abs(path)
+}
+
+// checkImage has the kernel tell the image's fs-verity digest. A digest that
+// was computed here would say nothing of what the image holds a moment later.
+func checkImage(image *os.File, want []byte) error {
+	alg, got, err := verity.Measure(image)
+	if err == nil {
+		if alg != verity.SHA256 {
+			return fmt.Errorf("%s: its fs-verity digest is a %v one, want sha256", image.Name(), alg)
+		}
+		return verity.Compare(image.Name(), verity.SHA256, want, got)
+	}
+	computed, cerr := verity.Digest(image, verity.SHA256)
+	if cerr != nil {
+		return fmt.Errorf("%s: %w", image.Name(), cerr)
+	}
+	if cerr := verity.Compare(image.Name(), verity.SHA256, want, computed); cerr != nil {
+		return cerr
+	}
+	return hint.Wrap(fmt.Errorf("%s has the digest, but nothing keeps it so: %w", image.Name(), err),
+		"enable fs-verity on the image (fsverity enable)")
+}
+
+// idmap maps the IDs that a mount shows by the user namespace at path.
+func idmap(m *os.File, path string) error {
+	ns, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOCTTY, 0)
+	if err != nil {
+		return fmt.Errorf("user namespace: %w", err)
+	}
+	defer ns.Close()
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
+	if err := unix.MountSetattr(int(m.Fd()), "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		return fmt.Errorf("map the IDs of the image by %s: %w", path, err)
+	}
+	return nil
+}
+
+// An overlay is an overlayfs over the EROFS mount of a composefs image.
+type overlay struct {
+	source      string
+	lower       *os.File // the EROFS mount
+	objects     []string // data-only lowers
+	upper, work string   // both or none
+	readOnly    bool
+	enforce     bool // verity=require
+}
+
+// maxParam is the length of a string that fsconfig(2) takes.
+const maxParam = 255
+
+// mount builds the mount, visible nowhere yet. Kernels before 6.7 have no
+// lowerdir+ and datadir+; they take all lowers as one string.
+func (o *overlay) mount() (*os.File, error) {
+	attrs := 0
+	params := []kmount.Param{
+		kmount.String("source", o.source),
+		kmount.String("metacopy", "on"),
+		kmount.String("redirect_dir", "on"),
+	}
+	if o.readOnly {
+		attrs = unix.MOUNT_ATTR_RDONLY
+		params = append(params, kmount.Flag("ro"))
+	}
+	if o.enforce {
+		params = append(params, kmount.String("verity", "require"))
+	}
+	dirs := append([]string{o.upper, o.work}, o.objects...)
+	for i, dir := range dirs {
+		// A longer path is taken by way of a descriptor; a short one is not,
+		// as this is what mount tables show.
+		if len(dir) > maxParam {
+			f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
+			if err != nil {
+				return nil, fmt.Errorf("mount overlay: %w", err)
+			}
+			defer f.Close()
+			dirs[i] = kmount.Path(f)
+		}
+	}
+	upper, work, objects := dirs[0], dirs[1], dirs[2:]
+	if upper != "" {
+		params = append(params, kmount.String("upperdir", upper), kmount.String("workdir", work))
+	}
+	each := append(params[:len(params):len(params)], kmount.String("lowerdir+", kmount.Path(o.lower)))
+	joined := kmount.Path(o.lower)
+	for _, dir := range objects {
+		each = append(each, kmount.String("datadir+", dir))
+		joined += "::" + escapeLower(dir)
+	}
+	m, err := kmount.New("overlay", attrs, each...)
+	var refused *kmount.Error
+	if errors.As(err, &refused) && refused.Step == "set lowerdir+" && errors.Is(err, unix.EINVAL) {
+		m, err = kmount.New("overlay", attrs, append(params, kmount.String("lowerdir", joined))...)
+	}
+	return m, err
+}
+
+// An unenforceableError says that fs-verity cannot be enforced here, whatever
+// the objects are.
+type unenforceableError struct{ err error }
+
+func (e *unenforceableError) Error() string { return e.err.Error() }
+func (e *unenforceableError) Unwrap() error { return e.err }
+
+// mountEnforced builds a mount that enforces fs-verity, and tries whether it
+// does more than fail: a kernel without fs-verity mounts happily and gives EIO
+// at every open (format document 2.15, defect 13). It tries with the first
+// object it finds; a mount without objects is as good as one that was tried.
+func (o *overlay) mountEnforced(r *erofs.Reader) (*os.File, error) {
+	path, object, want, err := o.firstObject(r)
+	if err != nil {
+		return nil, err
+	}
+	if path != "" {
+		if err := checkObject(object, want); err != nil {
+			return nil, err
+		}
+	}
+	m, err := o.mount()
+	if refused, ok := errors.AsType[*kmount.Error](err); ok && refused.Step == "set verity" {
+		return nil, &unenforceableError{err}
+	}
+	if err != nil || path == "" {
+		return m, err
+	}
+	if err := readByte(m, path); err != nil {
+		m.Close()
+		return nil, &unenforceableError{fmt.Errorf("try the mount with fs-verity: %w", err)}
+	}
+	return m, nil
+}
+
+// firstObject returns some file of the image that has its object in one of the
+// folders, without a leading slash, "" if none has; and that object and its
+// digest.
+func (o *overlay) firstObject(r *erofs.Reader) (path, object string, digest []byte, err error) {
+	err = r.Walk(func(p string, ino erofs.Inode) error {
+		if !ino.External() {
+			return nil
+		}
+		payload, sum, err := r.Payload(ino)
+		if err != nil || payload == "" {
+			return err
+		}
+		for _, dir := range o.objects {
+			name := filepath.Join(dir, filepath.Clean("/"+payload))
+			if _, err := os.Stat(name); err == nil {
+				path, object, digest = strings.TrimPrefix(p, "/"), name, bytes.Clone(sum)
+				return errFound
+			}
+		}
+		return nil
+	})
+	if err == errFound {
+		err = nil
+	}
+	return path, object, digest, err
+}
+
+// checkObject asks the kernel whether an object can be vouched for.
+func checkObject(path string, want []byte) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return fmt.Errorf("object: %w", err)
+	}
+	defer f.Close()
+	alg, got, err := verity.Measure(f)
+	if _, unsupported := errors.AsType[*verity.NotSupportedError](err); unsupported {
+		return &unenforceableError{fmt.Errorf("require fs-verity: %w", err)}
+	}
+	if err != nil {
+		return hint.Wrap(fmt.Errorf("require fs-verity: %w", err), "enable it on every object")
+	}
+	return verity.Compare(path, alg, want, got)
+}
+
+// readByte reads one byte of a file below a mount that is visible nowhere.
+func readByte(m *os.File, path string) error {
+	fd, err := unix.Openat(int(m.Fd()), path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("open %s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	defer f.Close()
+	if _, err := f.Read(make([]byte, 1)); err != nil {
+		return fmt.Errorf("read %s: %w", path, err)
+	}
+	return nil
+}

@@ -1,0 +1,318 @@
+package mount
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"os/exec"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+)
+
+// A Control answers other commands' questions about a mount, over HTTP on a
+// socket of the runtime folder, and keeps the mount's record there:
+//
+//	GET /status            the Status as JSON
+//	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
+type Control struct {
+	mount *Mount
+	files Files
+	http  *http.Server
+	done  chan struct{}
+}
+
+// NewControl writes the record and starts answering. Close ends both.
+func NewControl(m *Mount) (*Control, error) {
+	files := FilesOf(m.opts.Runtime, m.mountpoint)
+	if err := os.MkdirAll(m.opts.Runtime, 0o700); err != nil {
+		return nil, fmt.Errorf("runtime folder: %w", err)
+	}
+	os.Remove(files.Socket) // of a process that has died: the mount point was free
+	l, err := net.Listen("unix", files.Socket)
+	if err != nil {
+		return nil, hint.Wrap(fmt.Errorf("listen for other commands: %w", err), "name another folder with --runtime-dir")
+	}
+	l.(*net.UnixListener).SetUnlinkOnClose(false) // it may be a successor's by then
+	m.update(func(s *Status) { s.Log = files.Log })
+	c := &Control{mount: m, files: files, done: make(chan struct{})}
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET /status", c.status)
+	mux.HandleFunc("GET /wait", c.wait)
+	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
+	if err := files.save(m.Status()); err != nil {
+		l.Close()
+		return nil, err
+	}
+	go func() {
+		defer close(c.done)
+		c.http.Serve(l)
+	}()
+	return c, nil
+}
+
+// Close stops answering. The record stays when the image is still mounted, by
+// the kernel, and goes otherwise; another process's is left alone.
+func (c *Control) Close() {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	defer cancel()
+	if c.http.Shutdown(ctx) != nil {
+		c.http.Close()
+	}
+	<-c.done
+	// A file that was open on FUSE may have kept this process until the mount
+	// point belongs to another one.
+	if rec, err := c.files.load(); err != nil || rec.PID != os.Getpid() {
+		return
+	}
+	s, err := fromKernel(c.mount.Status())
+	if err != nil || s.State < Swapped {
+		c.files.remove()
+		return
+	}
+	if err := c.files.save(s); err != nil {
+		c.mount.log.Warn("the record of the mount could not be written", "error", err)
+	}
+	os.Remove(c.files.Socket)
+}
+
+func (c *Control) status(w http.ResponseWriter, _ *http.Request) {
+	w.Header().Set("Content-Type", "application/json")
+	json.NewEncoder(w).Encode(c.mount.Status())
+}
+
+func (c *Control) wait(w http.ResponseWriter, r *http.Request) {
+	var state State
+	if err := state.UnmarshalText([]byte(r.FormValue("for"))); err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
+	}
+	if err := c.mount.WaitFor(r.Context(), state); err != nil {
+		http.Error(w, err.Error(), http.StatusConflict)
+		return
+	}
+	if err := c.files.save(c.mount.Status()); err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
+// get asks the process that serves a mount.
+func (f Files) get(ctx context.Context, path string) (*http.Response, error) {
+	client := http.Client{Transport: &http.Transport{
+		DisableKeepAlives: true,
+		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+			var d net.Dialer
+			return d.DialContext(ctx, "unix", f.Socket)
+		},
+	}}
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://cfs-fuse"+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	return client.Do(req)
+}
+
+// query asks the serving process, and where there is none the kernel.
+func (f Files) query(ctx context.Context) (Status, error) {
+	res, err := f.get(ctx, "/status")
+	if err == nil {
+		defer res.Body.Close()
+		var s Status
+		if err := json.NewDecoder(res.Body).Decode(&s); err != nil {
+			return s, fmt.Errorf("ask the process that serves the mount: %w", err)
+		}
+		return s, nil
+	}
+	if ctx.Err() != nil {
+		return Status{}, ctx.Err()
+	}
+	s, err := f.load()
+	if err != nil {
+		return s, err
+	}
+	mountpoint := s.Mountpoint
+	if s, err = fromKernel(s); errors.Is(err, kmount.ErrNotMounted) {
+		f.remove()
+		return s, errNoMount(mountpoint)
+	}
+	return s, err
+}
+
+// Query returns the status of the mount at mountpoint. It fails with
+// kmount.ErrNotMounted when there is none of ours.
+func Query(ctx context.Context, runtimeDir, mountpoint string) (Status, error) {
+	abs, err := ResolveMountpoint(mountpoint)
+	if err != nil {
+		return Status{}, err
+	}
+	s, err := FilesOf(runtimeDir, abs).query(ctx)
+	if errors.Is(err, os.ErrNotExist) {
+		err = errNoMount(abs)
+	}
+	return s, err
+}
+
+// List returns the status of every mount in the runtime folder.
+func List(ctx context.Context, runtimeDir string) ([]Status, error) {
+	files, err := records(runtimeDir)
+	if err != nil {
+		return nil, err
+	}
+	var all []Status
+	for _, f := range files {
+		s, err := f.query(ctx)
+		if errors.Is(err, kmount.ErrNotMounted) {
+			continue
+		}
+		if err != nil {
+			return all, err
+		}
+		all = append(all, s)
+	}
+	return all, nil
+}
+
+// How long a process is given to leave before a command that waits for it goes
+// on: after an unmount it has nothing left to do, after a swap files may be
+// open that keep it for as long as they are.
+const (
+	leaveTime  = 5 * time.Second
+	lingerTime = time.Second
+)
+
+// Await returns nil when the mount at mountpoint has reached state; for
+// Swapped also when the process that served it has left, unless open files
+// keep it. It fails with ErrStuck when the state never will be reached, and
+// with ctx's error.
+func Await(ctx context.Context, runtimeDir, mountpoint string, state State) error {
+	s, err := Query(ctx, runtimeDir, mountpoint)
+	if err != nil {
+		return err
+	}
+	files := FilesOf(runtimeDir, s.Mountpoint)
+	if s.PID == 0 {
+		if s.State >= state {
+			return nil
+		}
+		return fmt.Errorf("%s: state %s %w: %s", s.Mountpoint, state, ErrStuck, s.Note)
+	}
+	left := watchProcess(s.PID)
+	defer left.Close()
+	res, err := files.get(ctx, "/wait?for="+state.String())
+	if err != nil {
+		if ctx.Err() != nil {
+			return fmt.Errorf("%s: wait for state %s: %w", s.Mountpoint, state, ctx.Err())
+		}
+		// It has left in between; the kernel knows how far it came.
+		if s, err = files.query(ctx); err == nil && s.State < state {
+			err = fmt.Errorf("%s: state %s %w: the process that served the mount ended", mountpoint, state, ErrStuck)
+		}
+		return err
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusNoContent {
+		text, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+		return fmt.Errorf("%s: %w", s.Mountpoint, stuck(oneLine(string(text))))
+	}
+	if state == Swapped {
+		left.wait(lingerTime)
+	}
+	return nil
+}
+
+// stuck is what another process said of a state that will not be reached.
+type stuck string
+
+func (s stuck) Error() string { return string(s) }
+
+// Is makes it an ErrStuck.
+func (s stuck) Is(target error) bool { return target == ErrStuck }
+
+// Unmount takes the image off mountpoint and waits for the process that served
+// it to leave. It fails with unix.EBUSY, and changes nothing, while a program
+// uses the mount.
+func Unmount(ctx context.Context, runtimeDir, mountpoint string) error {
+	abs, err := ResolveMountpoint(mountpoint)
+	if err != nil {
+		return err
+	}
+	files := FilesOf(runtimeDir, abs)
+	info, err := kmount.At(abs)
+	switch {
+	case errors.Is(err, kmount.ErrNotMounted):
+		files.remove()
+		return errNoMount(abs)
+	case err != nil:
+		return err
+	case !ours(info) && !isSealedMount(info):
+		return errNoMount(abs)
+	}
+	left := process{fd: -1}
+	if s, err := files.query(ctx); err == nil && s.PID != 0 {
+		left = watchProcess(s.PID)
+	}
+	defer left.Close()
+	err = kmount.Unmount(abs)
+	if errors.Is(err, unix.EPERM) {
+		if out, ferr := exec.CommandContext(ctx, "fusermount3", "-u", abs).CombinedOutput(); ferr != nil {
+			err = fmt.Errorf("unmount %s: fusermount3: %s", abs, oneLine(string(out)))
+		} else {
+			err = nil
+		}
+	}
+	switch {
+	case errors.Is(err, unix.EBUSY):
+		return hint.Wrap(err, "end the programs that use it ('fuser -vm "+abs+"' lists them)")
+	case err != nil:
+		return err
+	}
+	if isSealedMount(info) {
+		files.remove()
+	}
+	left.wait(leaveTime)
+	// A process that was killed in the middle of a swap left the kernel's mount
+	// beneath FUSE.
+	if info, err := kmount.At(abs); err == nil && isSealedMount(info) {
+		return Unmount(ctx, runtimeDir, mountpoint)
+	}
+	return nil
+}
+
+// A process is watched through a descriptor, which no later process of the
+// same number can inherit (pidfd_open(2)).
+type process struct{ fd int }
+
+func watchProcess(pid int) process {
+	fd, err := unix.PidfdOpen(pid, 0)
+	if err != nil {
+		return process{-1}
+	}
+	return process{fd}
+}
+
+// wait returns when the process has ended, at the latest after d.
+func (p process) wait(d time.Duration) {
+	end := time.Now().Add(d)
+	for p.fd >= 0 && time.Now().Before(end) {
+		_, err := unix.Poll([]unix.PollFd{{Fd: int32(p.fd), Events: unix.POLLIN}}, int(time.Until(end).Milliseconds())+1)
+		if !errors.Is(err, unix.EINTR) {
+			return
+		}
+	}
+}
+
+func (p process) Close() {
+	if p.fd >= 0 {
+		unix.Close(p.fd)
+	}
+}

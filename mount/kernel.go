@@ -1,0 +1,130 @@
+package mount
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+)
+
+// kernelMount builds the kernel's mount of a composefs image over a folder of
+// objects, visible nowhere yet. With enforce, overlayfs checks the fs-verity
+// digest of each object that is opened. A nil error promises that a file of
+// the image was opened and read through the mount.
+func kernelMount(imagePath, objects string, enforce bool) (*os.File, error) {
+	r, err := erofs.OpenFile(imagePath)
+	if err != nil {
+		return nil, err
+	}
+	defer r.Close()
+	short, closeShort, err := shortPath(imagePath)
+	if err != nil {
+		return nil, err
+	}
+	defer closeShort()
+	lower, err := erofsMount(short, !r.Header().HasACL)
+	if err != nil {
+		return nil, err
+	}
+	defer lower.Close()
+	if objects, closeShort, err = shortPath(objects); err != nil {
+		return nil, err
+	}
+	defer closeShort()
+	// Mount tables show the image, or as much of its path as they can.
+	m, err := overlayMount(imagePath[max(0, len(imagePath)-kmount.MaxString):], lower, objects, enforce)
+	if err != nil {
+		return nil, err
+	}
+	if err := probe(m, r); err != nil {
+		m.Close()
+		return nil, fmt.Errorf("try the kernel mount of %s: %w", imagePath, err)
+	}
+	return m, nil
+}
+
+// shortPath returns a path for the same file that the mount API takes, valid
+// until the function it returns is called.
+func shortPath(path string) (string, func(), error) {
+	if len(path) <= kmount.MaxString {
+		return path, func() {}, nil
+	}
+	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return "", nil, fmt.Errorf("open %s: %w", path, err)
+	}
+	f := os.NewFile(uintptr(fd), path)
+	return kmount.Path(f), func() { f.Close() }, nil
+}
+
+// erofsMount mounts the image from its file, or from a loop device where the
+// kernel cannot (ENOTBLK before Linux 6.12).
+func erofsMount(imagePath string, noACL bool) (*os.File, error) {
+	params := []kmount.Param{kmount.Flag("ro")}
+	if noACL {
+		params = append(params, kmount.Flag("noacl"))
+	}
+	m, err := kmount.New("erofs", unix.MOUNT_ATTR_RDONLY, append(params, kmount.String("source", imagePath))...)
+	if !errors.Is(err, unix.ENOTBLK) {
+		return m, err
+	}
+	dev, err := loopDevice(imagePath)
+	if err != nil {
+		return nil, err
+	}
+	defer dev.Close() // autoclear: the mount alone keeps it
+	return kmount.New("erofs", unix.MOUNT_ATTR_RDONLY, append(params, kmount.String("source", dev.Name()))...)
+}
+
+// overlayMount stacks the EROFS mount over the objects as a data-only lower.
+func overlayMount(source string, lower *os.File, objects string, enforce bool) (*os.File, error) {
+	o := overlay{source: source, lower: lower, objects: []string{objects}, readOnly: true, enforce: enforce}
+	return o.mount()
+}
+
+func escapeLower(path string) string {
+	var b []byte
+	for i := range len(path) {
+		if path[i] == ':' || path[i] == '\\' {
+			b = append(b, '\\')
+		}
+		b = append(b, path[i])
+	}
+	return string(b)
+}
+
+// probe reads one byte of the first file of the image that has an object.
+// Mounting succeeds also where every open would fail (overlayfs with verity on
+// a kernel without fs-verity, a missing folder of objects).
+func probe(m *os.File, r *erofs.Reader) error {
+	path, err := firstExternal(r)
+	if err != nil || path == "" {
+		return err
+	}
+	return readByte(m, path)
+}
+
+// errFound ends a walk.
+var errFound = errors.New("found")
+
+// firstExternal returns the path, without a leading slash, of some regular
+// file whose bytes lie in an object, or "".
+func firstExternal(r *erofs.Reader) (string, error) {
+	found := ""
+	err := r.Walk(func(path string, ino erofs.Inode) error {
+		if !ino.External() {
+			return nil
+		}
+		found = strings.TrimPrefix(path, "/")
+		return errFound
+	})
+	if err == errFound {
+		err = nil
+	}
+	return found, err
+}

@@ -1,0 +1,421 @@
+// Package mount conducts: it takes one image at one mount point through its
+// four states, and leaves when nothing is left to do. It fetches, stores,
+// parses and serves nothing itself.
+//
+//	Lazy      FUSE serves the tree; absent bytes come from the source
+//	Complete  every content is whole in the store, and checked
+//	Sealed    sealed.erofs is written with all fs-verity digests, and synced
+//	Swapped   a kernel EROFS + overlayfs mount is in FUSE's place
+//
+// States only go forward, and the first three are recomputed from the store at
+// each start: Complete means that no content is absent, Sealed that
+// images/<manifest digest>/ has a sealed.json whose digest sealed.erofs has.
+//
+// What an image's folder holds (written whole, as a folder, or not at all; the
+// last two when it is sealed):
+//
+//	manifest.json  the image manifest, byte for byte
+//	lazy.erofs     the merged tree; each file refers to its content digest
+//	chunks         where each content's chunks lie in the layers (package image)
+//	sealed.erofs   the same tree, at the same nids; files refer to fs-verity digests
+//	sealed.json    the fs-verity digest of sealed.erofs
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/cache"
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/fetcher"
+	"github.com/cfs-fuse/cfs-fuse/fusefs"
+	"github.com/cfs-fuse/cfs-fuse/image"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
+)
+
+// A Policy says how much something is wanted.
+type Policy string
+
+// The policies of swapping and of fs-verity.
+const (
+	Auto    Policy = "auto"    // swap: if the kernel can
+	Never   Policy = "never"   // swap: stay on FUSE
+	Require Policy = "require" // swap, verity: or fail with the reason
+	Try     Policy = "try"     // verity: enforce it if kernel and filesystem can
+	Off     Policy = "off"     // verity: compute digests, enforce nothing
+)
+
+// Options say how an image is mounted.
+type Options struct {
+	// Root is the store's folder; Runtime the folder of records of what is
+	// mounted.
+	Root, Runtime string
+	// Source says how the source is reached.
+	Source fetcher.Options
+	// Swap is Auto (also when empty), Never or Require; Verity is Try (also
+	// when empty), Require or Off.
+	Swap, Verity Policy
+	// Digest, if not zero, is the fs-verity digest that the sealed image must
+	// have.
+	Digest image.Digest
+	// NoFill leaves what no program reads in the source.
+	NoFill bool
+	// InsecureTOC takes layers whose table of contents no manifest vouches
+	// for.
+	InsecureTOC bool
+	// Refresh asks a registry what a tag stands for, even if the store knows
+	// an answer. Local sources are always asked.
+	Refresh bool
+	// Objects are the folders of objects of a composefs: source.
+	Objects []string
+	// Metrics and Logger may be nil.
+	Metrics *metrics.Metrics
+	Logger  *slog.Logger
+}
+
+// A Mount is an image at a mount point.
+type Mount struct {
+	opts       Options
+	log        *slog.Logger
+	mountpoint string
+	source     string
+
+	store    *cache.Store
+	image    *preparedImage // nil for composefs: sources
+	contents *cache.Contents
+	fetch    *fetcher.Fetcher
+	src      fetcher.Source
+	reader   *erofs.Reader
+	server   *fusefs.Server
+	objects  *objectFolders // of a composefs: source
+	reports  reports
+	started  time.Time
+
+	stop   context.CancelFunc
+	run    sync.WaitGroup
+	mu     sync.Mutex
+	status Status
+	change chan struct{} // closed and replaced at each change of status
+}
+
+// Start mounts source at the folder mountpoint. A nil error promises that the
+// mount is visible and that its whole tree can be listed; bytes may still have
+// to be fetched when they are read. A failed Start leaves nothing mounted.
+//
+// An image that the store has Sealed is mounted by the kernel at once, and an
+// image of a registry then without a request to it; Wait then returns
+// immediately.
+func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount, err error) {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Swap == "" {
+		o.Swap = Auto
+	}
+	if o.Verity == "" {
+		o.Verity = Try
+	}
+	o.Source.Metrics, o.Source.Logger = o.Metrics, o.Logger
+	if source, err = absoluteSource(source); err != nil {
+		return nil, err
+	}
+	abs, err := ResolveMountpoint(mountpoint)
+	if err != nil {
+		return nil, hint.Wrap(err, "name an existing folder (mkdir -p "+mountpoint+")")
+	}
+	if o.Runtime != "" {
+		// Until the mount is there, so that two commands do not both find
+		// the mount point free.
+		lock, err := lockMountpoint(o.Runtime, abs)
+		if err != nil {
+			return nil, err
+		}
+		defer lock.Close()
+	}
+	if err := checkMountpoint(abs); err != nil {
+		return nil, err
+	}
+	m := &Mount{
+		opts: o, log: o.Logger.With("source", source, "mountpoint", abs),
+		mountpoint: abs, source: source, started: time.Now(),
+		change: make(chan struct{}),
+	}
+	m.status = Status{Source: source, Mountpoint: abs, Root: o.Root, PID: os.Getpid(), Backend: "fuse", Verity: "none yet"}
+	defer func() {
+		if err != nil {
+			m.release()
+		}
+	}()
+	if path, ok := composefsSource(source); ok {
+		return m, m.startComposefs(path)
+	}
+	if m.store, err = cache.Open(o.Root, cache.Options{Metrics: o.Metrics, Logger: o.Logger}); err != nil {
+		return nil, err
+	}
+	if m.src, err = fetcher.OpenSource(source, o.Source); err != nil {
+		return nil, err
+	}
+	if m.image, err = m.prepare(ctx); err != nil {
+		return nil, err
+	}
+	m.status.ManifestDigest = m.image.digest.String()
+	m.log = m.log.With("image", m.image.digest.String())
+	if m.contents, err = m.store.Contents(m.image.index); err != nil {
+		return nil, err
+	}
+	if rec, ok := m.sealedRecord(); ok {
+		if err := m.checkDigest(rec); err != nil {
+			return nil, err
+		}
+		m.setSealed(rec)
+		if m.opts.Swap != Never {
+			if done, err := m.mountSealed(rec); done || err != nil {
+				return m, err
+			}
+		}
+	}
+	if err = m.serve(); err != nil {
+		return nil, err
+	}
+	bg, stop := context.WithCancel(context.Background())
+	m.stop = stop
+	m.run.Go(func() { m.conduct(bg) })
+	return m, nil
+}
+
+// serve starts the fetcher and the FUSE mount.
+func (m *Mount) serve() error {
+	blobs := make([]fetcher.Blob, len(m.image.layers))
+	for i, desc := range m.image.layers {
+		blobs[i] = m.src.Blob(desc)
+	}
+	m.fetch = fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{Metrics: m.opts.Metrics, Logger: m.log})
+	var err error
+	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
+		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
+	}
+	m.server, err = fusefs.Mount(m.mountpoint, m.reader, &lazyContents{m.image.index, m.contents, m.fetch}, fusefs.Options{
+		Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
+	})
+	return err
+}
+
+// absoluteSource makes the path of a local source absolute: it is what the
+// store remembers the image by, and what status shows.
+func absoluteSource(source string) (string, error) {
+	for _, kind := range []string{"oci:", "oci-archive:", "layer:", composefsPrefix} {
+		if path, ok := strings.CutPrefix(source, kind); ok && path != "" {
+			abs, err := filepath.Abs(path)
+			if err != nil {
+				return "", fmt.Errorf("source %s: %w", source, err)
+			}
+			return kind + abs, nil
+		}
+	}
+	return source, nil
+}
+
+// lockMountpoint takes the lock of a mount point; closing the file gives it
+// back.
+func lockMountpoint(runtimeDir, mountpoint string) (*os.File, error) {
+	dir := FilesOf(runtimeDir, mountpoint).Lock
+	if err := os.MkdirAll(dir, 0o700); err != nil {
+		return nil, hint.Wrap(fmt.Errorf("runtime folder: %w", err), "name another folder with --runtime-dir")
+	}
+	return lockFolder(dir)
+}
+
+// checkMountpoint fails unless something can be mounted on the folder path,
+// after taking away a FUSE mount of ours whose server has died.
+func checkMountpoint(path string) error {
+	if info, err := kmount.At(path); err == nil && (ours(info) || isSealedMount(info)) {
+		// statfs(2) always asks the server; stat(2) is answered from what the
+		// kernel remembers, also where nobody serves any more.
+		if err := unix.Statfs(path, new(unix.Statfs_t)); !isDead(err) {
+			return hint.Wrap(fmt.Errorf("mount point %s: %s is mounted there already", path, info.Source),
+				"run 'cfs-fuse umount "+path+"' first")
+		}
+		if err := kmount.Detach(path); err != nil {
+			return hint.Wrap(fmt.Errorf("take away the mount of a process that has died: %w", err), "run 'umount -l "+path+"'")
+		}
+		return checkMountpoint(path) // a swap that was cut short left another
+	}
+	fi, err := os.Stat(path)
+	if err == nil && !fi.IsDir() {
+		err = errors.New("not a folder")
+	}
+	if err != nil {
+		return hint.Wrap(fmt.Errorf("mount point %s: %w", path, err), "name an existing folder (mkdir -p "+path+")")
+	}
+	return nil
+}
+
+// conduct fills, seals and swaps, as far as the options and the kernel allow.
+// What stops it is kept in the status, for people and for WaitFor.
+func (m *Mount) conduct(ctx context.Context) {
+	if m.state() < Complete {
+		work := m.fetch.Fill
+		if m.opts.NoFill {
+			work = m.awaitComplete
+		}
+		if !m.persist(ctx, "fill", work) {
+			return
+		}
+		m.setState(Complete)
+	}
+	if m.state() < Sealed {
+		var rec sealedRecord
+		if !m.persist(ctx, "seal", func(ctx context.Context) (err error) {
+			rec, err = m.seal(ctx)
+			return err
+		}) {
+			return
+		}
+		m.setSealed(rec)
+		m.log.Info("sealed", "composefs_digest", rec.Composefs.String(), "verity", rec.Verity)
+	}
+	if m.opts.Swap == Never {
+		m.note("swap: not wanted (--swap never)")
+		return
+	}
+	if err := m.swap(); err != nil {
+		m.blocked(ctx, fmt.Errorf("swap: %w", err))
+		return
+	}
+	m.setState(Swapped)
+	m.log.Info("swapped", "after", time.Since(m.started).Round(time.Millisecond).String())
+}
+
+// Between attempts at what may come right by itself.
+const (
+	firstPause = time.Second
+	lastPause  = time.Minute
+)
+
+// persist does a piece of work until it succeeds: a registry that is lost and a
+// disk that is full come back. It returns false when ctx ended, or for what no
+// repetition heals.
+func (m *Mount) persist(ctx context.Context, what string, work func(context.Context) error) bool {
+	for pause := firstPause; ; pause = min(2*pause, lastPause) {
+		err := work(ctx)
+		if ctx.Err() != nil {
+			return false
+		}
+		if err == nil {
+			m.note("")
+			return true
+		}
+		err = fmt.Errorf("%s: %w", what, err)
+		if permanent(err) {
+			m.blocked(ctx, err)
+			return false
+		}
+		text := withHint(err)
+		m.log.Warn("will be tried again", "in", pause.String(), "error", text)
+		m.note(text + "; trying again every " + pause.String())
+		select {
+		case <-ctx.Done():
+			return false
+		case <-time.After(pause):
+		}
+	}
+}
+
+// permanent reports whether an error is the image's own, or was asked for.
+func permanent(err error) bool {
+	_, digest := errors.AsType[*fetcher.DigestError](err)
+	_, decode := errors.AsType[*fetcher.DecodeError](err)
+	_, content := errors.AsType[*cache.DigestError](err)
+	return digest || decode || content || errors.Is(err, errWrongDigest)
+}
+
+// awaitComplete returns when reads alone have made every content whole, or
+// ctx ends.
+func (m *Mount) awaitComplete(ctx context.Context) error {
+	tick := time.NewTicker(time.Second)
+	defer tick.Stop()
+	for {
+		if p := m.contents.Progress(); p.FilesLocal == p.Files {
+			return nil
+		}
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-tick.C:
+		}
+	}
+}
+
+// Wait returns when nothing is left for this process to do: the mount is
+// swapped, and no file is open on FUSE any more, or it was unmounted.
+func (m *Mount) Wait() {
+	if m.server != nil {
+		<-m.server.Done()
+	}
+}
+
+// Close unmounts what this process still serves, waits for its goroutines and
+// closes the store. A mount that was swapped stays. The error says which files
+// hold FUSE back when ctx ends first; the mount is then detached all the same.
+func (m *Mount) Close(ctx context.Context) error {
+	var err error
+	if m.server != nil && m.state() < Swapped {
+		err = m.server.Close(ctx, m.mountpoint)
+	}
+	m.release()
+	return err
+}
+
+// release ends goroutines and closes files. It is the end of every Mount, also
+// of one that failed to start.
+func (m *Mount) release() {
+	if m.stop != nil {
+		m.stop()
+	}
+	if m.fetch != nil {
+		m.fetch.Close()
+	}
+	m.run.Wait()
+	if m.src != nil {
+		m.src.Close()
+	}
+	if m.contents != nil {
+		m.contents.Close()
+	}
+	if m.store != nil {
+		m.store.Close()
+	}
+	select {
+	case <-m.serverDone():
+		if m.reader != nil {
+			m.reader.Close()
+		}
+		if m.objects != nil {
+			m.objects.close()
+		}
+		if m.image != nil {
+			m.image.close()
+		}
+	default: // requests under way still read the maps; the process is leaving
+	}
+}
+
+func (m *Mount) serverDone() <-chan struct{} {
+	if m.server == nil {
+		done := make(chan struct{})
+		close(done)
+		return done
+	}
+	return m.server.Done()
+}

@@ -1,0 +1,346 @@
+package mount
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/fetcher"
+	"github.com/cfs-fuse/cfs-fuse/image"
+	"github.com/cfs-fuse/cfs-fuse/image/toc"
+	"github.com/cfs-fuse/cfs-fuse/internal/durable"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+)
+
+// The files of an image's folder.
+const (
+	manifestName = "manifest.json"
+	lazyName     = "lazy.erofs"
+	chunksName   = "chunks"
+	sealedName   = "sealed.erofs"
+	recordName   = "sealed.json"
+	// insecureName is there if a layer's table of contents was taken without
+	// a digest in the manifest (--insecure-toc).
+	insecureName = "insecure-toc"
+)
+
+// Limits of what one image's tables of contents may hold, all layers together:
+// what is held in memory until they are merged.
+const (
+	maxLayers  = 1024
+	maxEntries = 8 << 20
+)
+
+// tocsAtOnce is how many layers' tables of contents are asked for in parallel.
+const tocsAtOnce = 16
+
+// A preparedImage is an image whose tree and chunks are known.
+type preparedImage struct {
+	digest  image.Digest
+	dir     string
+	layers  []ocispec.Descriptor
+	index   *image.Index
+	mapped  []byte // what index reads
+	fetched Work   // metadata
+}
+
+func (p *preparedImage) path(name string) string { return filepath.Join(p.dir, name) }
+
+func (p *preparedImage) close() {
+	if p.mapped != nil {
+		unix.Munmap(p.mapped)
+		p.mapped = nil
+	}
+}
+
+// prepare finds the image in the store, or asks the source for its manifest
+// and tables of contents and writes the image's folder.
+func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
+	digest, known := m.known()
+	if known && !m.opts.Refresh && m.remote() {
+		p, err := m.load(digest)
+		if err == nil || errors.Is(err, toc.ErrNoTOCDigest) {
+			return p, err
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			m.log.Warn("the image's folder is damaged and is made anew", "error", err)
+			if err := m.discard(digest); err != nil {
+				return nil, err
+			}
+		}
+	}
+	manifest, err := m.src.Resolve(ctx)
+	if err != nil {
+		// A local source that was moved away is no reason not to mount what
+		// the store has of it.
+		if known && !m.remote() && errors.Is(err, os.ErrNotExist) {
+			if p, lerr := m.load(digest); lerr == nil {
+				m.log.Warn("the source is gone; the store's copy is mounted", "error", err)
+				return p, nil
+			}
+		}
+		return nil, err
+	}
+	p, err := m.load(manifest.Digest)
+	if errors.Is(err, toc.ErrNoTOCDigest) {
+		return nil, err
+	}
+	var fetched Work
+	if err != nil {
+		if !errors.Is(err, os.ErrNotExist) {
+			if err := m.discard(manifest.Digest); err != nil {
+				return nil, err
+			}
+		}
+		if fetched, err = m.write(ctx, manifest); err != nil {
+			return nil, err
+		}
+		if p, err = m.load(manifest.Digest); err != nil {
+			return nil, err
+		}
+	}
+	p.fetched = fetched
+	p.fetched.Requests++ // the manifest
+	p.fetched.Bytes += int64(len(manifest.Raw))
+	if !known || digest != manifest.Digest {
+		if err := durable.WriteFile(m.refPath(), []byte(manifest.Digest.String()+"\n"), 0o644); err != nil {
+			m.log.Warn("what the source stands for could not be noted", "error", err)
+		}
+	}
+	return p, nil
+}
+
+// remote reports whether asking the source costs a request.
+func (m *Mount) remote() bool { return strings.HasPrefix(m.src.String(), "docker://") }
+
+// refPath is the file that remembers what this source was resolved to for this
+// platform. The name is a digest, since references may be longer than names.
+func (m *Mount) refPath() string {
+	sum := sha256.Sum256([]byte(m.src.String() + "\x00" + m.opts.Source.Platform))
+	return filepath.Join(m.opts.Root, "refs", hex.EncodeToString(sum[:]))
+}
+
+// known returns the manifest digest that the store remembers for this source.
+func (m *Mount) known() (image.Digest, bool) {
+	data, err := os.ReadFile(m.refPath())
+	if err != nil {
+		return image.Digest{}, false
+	}
+	digest, err := toc.ParseDigest(strings.TrimSpace(string(data)))
+	return digest, err == nil
+}
+
+func (m *Mount) imageDir(digest image.Digest) string {
+	return filepath.Join(m.store.Images(), hex.EncodeToString(digest[:]))
+}
+
+// discard moves a damaged image folder out of the way and removes it.
+func (m *Mount) discard(digest image.Digest) error {
+	tmp, err := os.MkdirTemp(m.store.Images(), ".bad-*")
+	if err == nil {
+		err = os.Rename(m.imageDir(digest), filepath.Join(tmp, "image"))
+		os.RemoveAll(tmp)
+	}
+	if err != nil {
+		return fmt.Errorf("put the damaged image %s aside: %w", digest, err)
+	}
+	return nil
+}
+
+// load opens the folder of an image. It fails with os.ErrNotExist when there
+// is none, and with another error when what is there cannot be used.
+func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
+	p := &preparedImage{digest: digest, dir: m.imageDir(digest)}
+	raw, err := os.ReadFile(p.path(manifestName))
+	if err != nil {
+		return nil, err
+	}
+	if sha256.Sum256(raw) != digest {
+		return nil, fmt.Errorf("%s: its digest is not %s", p.path(manifestName), digest)
+	}
+	manifest, err := fetcher.ParseManifest(raw)
+	if err != nil {
+		return nil, err
+	}
+	p.layers = manifest.Layers
+	if _, err := os.Stat(p.path(insecureName)); err == nil && !m.opts.InsecureTOC {
+		return nil, hint.Wrap(fmt.Errorf("image %s was mounted with --insecure-toc before: %w", digest, toc.ErrNoTOCDigest), insecureHint)
+	}
+	if p.mapped, err = mapFile(p.path(chunksName)); err != nil {
+		return nil, damaged(err)
+	}
+	if p.index, err = image.OpenIndex(p.mapped); err != nil {
+		p.close()
+		return nil, fmt.Errorf("%s: %w", p.path(chunksName), err)
+	}
+	if n := len(p.index.Layers()); n != len(p.layers) {
+		p.close()
+		return nil, fmt.Errorf("%s: %d layers, the manifest has %d", p.path(chunksName), n, len(p.layers))
+	}
+	// The image is read when it is served; here only that it can be.
+	r, err := erofs.OpenFile(p.path(lazyName))
+	if err != nil {
+		p.close()
+		return nil, damaged(err)
+	}
+	r.Close()
+	return p, nil
+}
+
+// damaged makes an error about a file that must be there one that is not
+// taken for an image that is not there.
+func damaged(err error) error { return fmt.Errorf("damaged: %v", err) }
+
+// mapFile maps a whole file for reading.
+func mapFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	fi, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if fi.Size() == 0 {
+		return nil, fmt.Errorf("map %s: empty file", path)
+	}
+	b, err := unix.Mmap(int(f.Fd()), 0, int(fi.Size()), unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return nil, fmt.Errorf("map %s: %w", path, err)
+	}
+	return b, nil
+}
+
+// write makes the folder of an image: beside its name, synced, renamed.
+func (m *Mount) write(ctx context.Context, manifest *fetcher.Manifest) (Work, error) {
+	m.log.Debug("manifest read", "after", time.Since(m.started))
+	layers, insecure, fetched, err := m.readTOCs(ctx, manifest)
+	if err != nil {
+		return fetched, err
+	}
+	m.log.Debug("tables of contents read", "after", time.Since(m.started))
+	tree, err := image.Merge(layers)
+	if err != nil {
+		return fetched, hint.Wrap(fmt.Errorf("merge the layers of %s: %w", manifest.Digest, err),
+			"the image is malformed; build it anew or report it to its author")
+	}
+	m.log.Debug("layers merged", "after", time.Since(m.started))
+	dir := m.imageDir(manifest.Digest)
+	tmp, err := os.MkdirTemp(m.store.Images(), ".tmp-*")
+	if err != nil {
+		return fetched, fmt.Errorf("make the folder of image %s: %w", manifest.Digest, err)
+	}
+	defer os.RemoveAll(tmp)
+	if err := durable.WriteFile(filepath.Join(tmp, manifestName), manifest.Raw, 0o644); err != nil {
+		return fetched, err
+	}
+	if insecure {
+		if err := durable.WriteFile(filepath.Join(tmp, insecureName), nil, 0o644); err != nil {
+			return fetched, err
+		}
+	}
+	if err := erofs.WriteFile(filepath.Join(tmp, lazyName), lazyTree(tree), imageFormat); err != nil {
+		return fetched, err
+	}
+	f, err := durable.Create(filepath.Join(tmp, chunksName), 0o644)
+	if err != nil {
+		return fetched, err
+	}
+	defer f.Abort()
+	if err := image.WriteIndex(f, tree, layers); err != nil {
+		return fetched, fmt.Errorf("write %s: %w", chunksName, err)
+	}
+	if err := f.Commit(); err != nil {
+		return fetched, err
+	}
+	m.log.Debug("image written", "after", time.Since(m.started))
+	err = os.Rename(tmp, dir)
+	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
+		return fetched, nil // another process was faster
+	}
+	if err != nil {
+		return fetched, fmt.Errorf("name the folder of image %s: %w", manifest.Digest, err)
+	}
+	return fetched, durable.SyncDir(filepath.Dir(dir))
+}
+
+// readTOCs reads the table of contents of each layer. It reports insecure if
+// the manifest does not vouch for one of them.
+func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []image.Layer, insecure bool, _ Work, _ error) {
+	if n := len(manifest.Layers); n > maxLayers {
+		return nil, false, Work{}, fmt.Errorf("image %s: %d layers, the limit is %d", manifest.Digest, n, maxLayers)
+	}
+	layers := make([]image.Layer, len(manifest.Layers))
+	var requests, bytes, entries atomic.Int64
+	var unvouched atomic.Bool
+	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(tocsAtOnce)
+	for i, desc := range manifest.Layers {
+		g.Go(func() error {
+			digest, err := toc.ParseDigest(desc.Digest.String())
+			if err != nil {
+				return fmt.Errorf("layer %d: %w", i, err)
+			}
+			r := &countingReaderAt{fetcher.ReaderAt(gctx, m.src.Blob(desc), desc.Size), &requests, &bytes}
+			o := toc.Options{Annotations: desc.Annotations, InsecureTOC: manifest.LocalLayer}
+			t, err := toc.Read(r, desc.Size, o)
+			if errors.Is(err, toc.ErrNoTOCDigest) && m.opts.InsecureTOC {
+				unvouched.Store(true)
+				o.InsecureTOC = true
+				t, err = toc.Read(r, desc.Size, o)
+			}
+			if err != nil {
+				return layerError(i, desc, err)
+			}
+			if entries.Add(int64(len(t.Entries))) > maxEntries {
+				return fmt.Errorf("image %s: more than %d files and folders in its layers", manifest.Digest, maxEntries)
+			}
+			layers[i] = image.Layer{Digest: digest, Size: desc.Size, TOC: t}
+			return nil
+		})
+	}
+	err := g.Wait()
+	return layers, unvouched.Load(), Work{Requests: requests.Load(), Bytes: bytes.Load()}, err
+}
+
+const insecureHint = "use --insecure-toc if you trust the source and the way to it"
+
+// layerError names the layer of an error, and what can be done about it.
+func layerError(i int, desc ocispec.Descriptor, err error) error {
+	err = fmt.Errorf("layer %d (%s, %s): %w", i, desc.Digest, desc.MediaType, err)
+	switch {
+	case errors.Is(err, toc.ErrNoTOC):
+		return hint.Wrap(err, "it cannot be read lazily; 'cfs-fuse convert', which comes later, will make such images lazy, "+
+			"until then build it as eStargz or zstd:chunked")
+	case errors.Is(err, toc.ErrNoTOCDigest):
+		return hint.Wrap(err, insecureHint)
+	}
+	return err
+}
+
+type countingReaderAt struct {
+	r interface {
+		ReadAt(p []byte, off int64) (int, error)
+	}
+	requests, bytes *atomic.Int64
+}
+
+func (c *countingReaderAt) ReadAt(p []byte, off int64) (int, error) {
+	n, err := c.r.ReadAt(p, off)
+	c.requests.Add(1)
+	c.bytes.Add(int64(n))
+	return n, err
+}

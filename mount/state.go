@@ -1,0 +1,169 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+)
+
+// A State is how far an image has come at a mount point.
+type State int
+
+// The states, in their order.
+const (
+	Lazy State = iota
+	Complete
+	Sealed
+	Swapped
+)
+
+var stateNames = []string{"lazy", "complete", "sealed", "swapped"}
+
+// String returns the state's name in lower case, as commands take and print it.
+func (s State) String() string { return stateNames[s] }
+
+// MarshalText writes the state's name.
+func (s State) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
+
+// UnmarshalText reads the state's name.
+func (s *State) UnmarshalText(text []byte) error {
+	for i, name := range stateNames {
+		if name == string(text) {
+			*s = State(i)
+			return nil
+		}
+	}
+	return fmt.Errorf("state %q: want lazy, complete, sealed or swapped", text)
+}
+
+// Work is what was asked of a source for one class of work.
+type Work struct {
+	Requests int64 `json:"requests"`
+	Bytes    int64 `json:"bytes"` // compressed, as they came
+}
+
+// Status is what is known of a mount. Sizes are in bytes.
+type Status struct {
+	Source         string          `json:"source"`
+	Mountpoint     string          `json:"mountpoint"`
+	ManifestDigest string          `json:"manifest_digest,omitempty"`
+	State          State           `json:"state"`
+	Backend        string          `json:"backend"` // fuse or kernel
+	Files          int             `json:"files"`   // distinct contents
+	FilesLocal     int             `json:"files_local"`
+	Bytes          int64           `json:"bytes"` // of distinct contents, uncompressed
+	BytesLocal     int64           `json:"bytes_local"`
+	Fetched        map[string]Work `json:"fetched"` // by class of work
+	// Verity is what was obtained: "enforced", "not enforced (…)", or "none
+	// yet" before the image is sealed.
+	Verity string `json:"verity"`
+	// ComposefsDigest is the fs-verity digest of the sealed image, in
+	// hexadecimal, once there is one.
+	ComposefsDigest   string  `json:"composefs_digest,omitempty"`
+	OldestWaitSeconds float64 `json:"oldest_wait_seconds"` // of a read that waits
+	// Note says why the state goes no further, if it does not.
+	Note string `json:"swap_note,omitempty"`
+	PID  int    `json:"pid,omitempty"` // of the process that serves, 0 when none
+	Root string `json:"root,omitempty"`
+	Log  string `json:"log,omitempty"`
+
+	stuck error // what ended the conductor
+}
+
+// Status returns what is known now.
+func (m *Mount) Status() Status {
+	m.mu.Lock()
+	s := m.status
+	m.mu.Unlock()
+	if m.contents != nil {
+		p := m.contents.Progress()
+		s.Files, s.FilesLocal, s.Bytes, s.BytesLocal = p.Files, p.FilesLocal, p.Bytes, p.BytesLocal
+	}
+	s.Fetched = map[string]Work{}
+	if m.image != nil {
+		s.Fetched["metadata"] = m.image.fetched
+	}
+	if m.fetch != nil {
+		for class, w := range m.fetch.Stats() {
+			s.Fetched[class] = Work{Requests: w.Requests, Bytes: w.Bytes}
+		}
+		s.OldestWaitSeconds = m.fetch.OldestWait().Seconds()
+	}
+	return s
+}
+
+func (m *Mount) state() State {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	return m.status.State
+}
+
+// update changes the status and wakes those who wait for a change.
+func (m *Mount) update(f func(*Status)) {
+	m.mu.Lock()
+	f(&m.status)
+	state := m.status.State
+	close(m.change)
+	m.change = make(chan struct{})
+	m.mu.Unlock()
+	m.opts.Metrics.State(state.String(), stateNames)
+}
+
+func (m *Mount) setState(s State) {
+	m.update(func(st *Status) { st.State = max(st.State, s) })
+}
+
+func (m *Mount) note(text string) {
+	m.update(func(st *Status) { st.Note = text })
+}
+
+// blocked records why the conductor stopped, unless it was told to.
+func (m *Mount) blocked(ctx context.Context, err error) {
+	if ctx.Err() != nil {
+		return
+	}
+	text := withHint(err)
+	m.log.Warn("the image goes no further", "state", m.state().String(), "error", text)
+	m.update(func(st *Status) { st.Note, st.stuck = text, err })
+}
+
+// withHint returns an error's text with what can be done about it.
+func withHint(err error) string {
+	if h := hint.Of(err); h != "" {
+		return err.Error() + "; " + h
+	}
+	return err.Error()
+}
+
+// ErrStuck says that a state will not be reached.
+var ErrStuck = errors.New("will not be reached")
+
+// WaitFor returns nil once the mount has reached state. It fails with
+// ErrStuck, wrapped with the reason, when it never will, and with ctx's error
+// when that ends first.
+func (m *Mount) WaitFor(ctx context.Context, state State) error {
+	for {
+		m.mu.Lock()
+		st, change := m.status, m.change
+		m.mu.Unlock()
+		switch {
+		case st.State >= state:
+			return nil
+		case st.stuck != nil:
+			return fmt.Errorf("state %s %w: %w", state, ErrStuck, st.stuck)
+		case state == Swapped && m.opts.Swap == Never:
+			return fmt.Errorf("state %s %w: it was mounted with --swap never", state, ErrStuck)
+		case m.server == nil && st.State < state:
+			return fmt.Errorf("state %s %w: this source is served as it is", state, ErrStuck)
+		}
+		select {
+		case <-change:
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-time.After(time.Minute): // a lost change costs a minute, no more
+		}
+	}
+}

@@ -1,0 +1,110 @@
+package mount
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/fusefs"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+)
+
+// ours reports whether a mount is one that this program's FUSE made.
+func ours(i kmount.Info) bool { return i.FSType == fusefs.FSType }
+
+// isDead reports whether err is what a FUSE mount without a server gives:
+// ECONNABORTED if the server went while it was asked.
+func isDead(err error) bool {
+	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED)
+}
+
+// sealedMount builds the kernel mount of the sealed image, with fs-verity as
+// the options want it, and says what was obtained.
+func (m *Mount) sealedMount(rec sealedRecord) (f *os.File, verity string, err error) {
+	if err := m.checkDigest(rec); err != nil {
+		return nil, "", err
+	}
+	path, objects := m.image.path(sealedName), m.store.Objects()
+	reason := "--verity off"
+	if m.opts.Verity != Off {
+		if rec.Verity == verityEnabled {
+			f, err := kernelMount(path, objects, true)
+			if err == nil {
+				return f, "enforced", nil
+			}
+			reason = err.Error()
+		} else {
+			reason = rec.Reason
+		}
+		if m.opts.Verity == Require {
+			return nil, "", hint.Wrap(fmt.Errorf("--verity require: fs-verity cannot be enforced: %s", reason),
+				"put --root on a filesystem with fs-verity (ext4 made with -O verity, btrfs) on a kernel that has it, or use --verity try")
+		}
+	}
+	f, err = kernelMount(path, objects, false)
+	return f, "not enforced (kernel: " + reason + ")", err
+}
+
+// mountSealed mounts a sealed image by the kernel, with no FUSE at all. It
+// returns false, and no error, when FUSE should serve instead.
+func (m *Mount) mountSealed(rec sealedRecord) (bool, error) {
+	f, verity, err := m.sealedMount(rec)
+	if err == nil {
+		defer f.Close()
+		err = kmount.Attach(f, m.mountpoint)
+	}
+	if err != nil {
+		if m.opts.Swap == Require {
+			return false, err
+		}
+		return false, nil // conduct meets the same reason and keeps it
+	}
+	m.swapped(verity)
+	return true, nil
+}
+
+func (m *Mount) swapped(verity string) {
+	m.update(func(s *Status) {
+		s.State, s.Backend, s.Verity, s.Note = Swapped, "kernel", verity, ""
+	})
+}
+
+// swap puts the kernel mount of the sealed image in FUSE's place without an
+// instant at which the mount point is bare: beneath FUSE first, then FUSE is
+// detached. What is open on FUSE stays on it.
+func (m *Mount) swap() error {
+	rec, ok := m.sealedRecord()
+	if !ok {
+		return fmt.Errorf("the sealed image is no longer whole")
+	}
+	f, verity, err := m.sealedMount(rec)
+	if errors.Is(err, unix.EPERM) {
+		return hint.Wrap(err, "the kernel's mount needs root; FUSE goes on serving")
+	}
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	if !m.server.IsTop(m.mountpoint) {
+		return hint.Wrap(errors.New("something else is mounted over FUSE"), "unmount it, and mount the image again")
+	}
+	if err := kmount.AttachBeneath(f, m.mountpoint); err != nil {
+		return hint.Wrap(err, "FUSE goes on serving; the swap needs Linux 6.5 and a mount point that is not the root of a mount namespace")
+	}
+	if err := kmount.Detach(m.mountpoint); err != nil {
+		return err
+	}
+	m.swapped(verity)
+	return nil
+}
+
+const composefsPrefix = "composefs:"
+
+// composefsSource returns the path of a composefs: source.
+func composefsSource(source string) (string, bool) {
+	return strings.CutPrefix(source, composefsPrefix)
+}
