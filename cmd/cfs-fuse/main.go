@@ -1,0 +1,31 @@
+// Command cfs-fuse mounts container images: lazily through FUSE at first, by
+// the kernel once every byte is local and checked. 'cfs-fuse --help' has the
+// commands and exit codes.
+package main
+
+import (
+	"context"
+	"os"
+	"os/signal"
+
+	"golang.org/x/sys/unix"
+)
+
+func main() {
+	end := []os.Signal{os.Interrupt, unix.SIGTERM}
+	if !signal.Ignored(unix.SIGHUP) { // nohup(1)
+		end = append(end, unix.SIGHUP)
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), end...)
+	code := call(ctx, os.Args[0], os.Args[1:])
+	stop()
+	os.Exit(code)
+}
+
+// call runs the program under the name it was called by.
+func call(ctx context.Context, name string, args []string) int {
+	if tool := newTool(name); tool != nil {
+		return runTool(ctx, tool, args)
+	}
+	return run(ctx, args)
+}

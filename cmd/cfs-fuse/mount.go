@@ -1,0 +1,184 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+	"github.com/spf13/cobra"
+
+	"github.com/cfs-fuse/cfs-fuse/fetcher"
+	"github.com/cfs-fuse/cfs-fuse/image/toc"
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
+	"github.com/cfs-fuse/cfs-fuse/mount"
+)
+
+const mountHelp = `Mount the image SOURCE at the folder MOUNTPOINT, and return when the mount
+serves. A process goes on in the background until the mount is swapped for the
+kernel's, or unmounted.
+
+SOURCE is one of
+  docker://HOST/NAME[:TAG][@DIGEST]   an image in a registry; docker:// may be left out
+  oci:DIR[:TAG|@DIGEST]               an OCI image layout in a folder
+  oci-archive:FILE[:TAG|@DIGEST]      an OCI image layout in a tar
+  layer:FILE                          one layer blob
+  composefs:IMAGE                     a composefs image, with --objects DIR
+
+Layers must be eStargz or zstd:chunked. A tag that the store knows is not asked
+for again (--pull always does). An image that the store has sealed is mounted
+by the kernel at once, without its registry.`
+
+const mountExample = `  # look inside an image
+  cfs-fuse mount registry.example.com/debian:12 /mnt
+
+  # from a folder, for FUSE only, fetching only what is read
+  cfs-fuse mount --swap never --fill=false oci:./layout:latest /mnt
+
+  # only this image and no other, with fs-verity enforced
+  cfs-fuse mount --verity require --digest 9f3c… docker://registry.example.com/app@sha256:… /mnt
+
+  cfs-fuse wait --for swapped /mnt && cfs-fuse umount /mnt`
+
+type mountFlags struct {
+	opts             mount.Options
+	swap, verity     string
+	digest, pull     string
+	fill, foreground bool
+	metricsAddr      string
+}
+
+func newMount(g *global) *cobra.Command {
+	var f mountFlags
+	cmd := &cobra.Command{
+		Use:     "mount [flags] SOURCE MOUNTPOINT",
+		Short:   "Mount an image",
+		Long:    mountHelp,
+		Example: mountExample,
+		Args:    exactArgs("SOURCE", "MOUNTPOINT"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			return f.run(cmd.Context(), g, args[0], args[1])
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringVar(&f.opts.Root, "root", defaultRoot(), "`folder` of the store")
+	fl.StringVar(&f.opts.Source.Platform, "platform", "", "`os/arch` to take of a multi-platform image (default this machine's)")
+	fl.BoolVar(&f.opts.Source.PlainHTTP, "plain-http", false, "speak HTTP, not HTTPS, to registries")
+	fl.StringVar(&f.opts.Source.HostsDir, "hosts-dir", "/etc/containerd/certs.d", "`folder` of containerd's hosts.toml files")
+	fl.StringVar(&f.pull, "pull", "missing", "ask what a tag stands for if the store does not know it (missing) or always: `policy`")
+	fl.StringVar(&f.swap, "swap", "auto", "`policy` of the swap to a kernel mount: auto, never or require")
+	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
+	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
+	fl.BoolVar(&f.fill, "fill", true, "fetch in the background what nobody has read yet")
+	fl.StringVar(&f.metricsAddr, "metrics", "", "serve Prometheus metrics at `address`/metrics, e.g. 127.0.0.1:9100")
+	fl.BoolVar(&f.opts.InsecureTOC, "insecure-toc", false, "take layers whose table of contents the manifest does not vouch for")
+	fl.StringArrayVar(&f.opts.Objects, "objects", nil, "`folder` of objects of a composefs: source (may be repeated)")
+	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, log to standard error, unmount on Ctrl-C")
+	return cmd
+}
+
+// check turns the flags into Options, before anything is touched.
+func (f *mountFlags) check(g *global) error {
+	err := errors.Join(
+		oneOf("swap", f.swap, "auto", "never", "require"),
+		oneOf("verity", f.verity, "require", "try", "off"),
+		oneOf("pull", f.pull, "missing", "always"))
+	if err != nil {
+		return usageError{err}
+	}
+	f.opts.Swap, f.opts.Verity = mount.Policy(f.swap), mount.Policy(f.verity)
+	f.opts.Refresh, f.opts.NoFill = f.pull == "always", !f.fill
+	if f.digest != "" {
+		if f.opts.Digest, err = toc.ParseDigest("sha256:" + strings.TrimPrefix(f.digest, "sha256:")); err != nil {
+			return usageError{fmt.Errorf("--digest: %w", err)}
+		}
+	}
+	if f.opts.Root, err = filepath.Abs(f.opts.Root); err != nil {
+		return err
+	}
+	if f.opts.Runtime, err = filepath.Abs(g.runtimeDir); err != nil {
+		return err
+	}
+	f.opts.Logger, err = g.logger()
+	return err
+}
+
+func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint string) error {
+	if err := f.check(g); err != nil {
+		return err
+	}
+	ready := readyPipe()
+	if !f.foreground && ready == nil {
+		if err := checkSource(source, f.opts.Source); err != nil {
+			return err
+		}
+		return background(ctx, f.opts.Runtime, mountpoint)
+	}
+	err := f.serve(ctx, source, mountpoint, ready)
+	ready.report(err)
+	if ready != nil {
+		return nil // the foreground command has said it
+	}
+	return err
+}
+
+// checkSource refuses a source that cannot be one before a process is started
+// for it.
+func checkSource(source string, o fetcher.Options) error {
+	if strings.HasPrefix(source, "composefs:") {
+		return nil
+	}
+	s, err := fetcher.OpenSource(source, o)
+	if err != nil {
+		return err
+	}
+	return s.Close()
+}
+
+// stopTime is how long a mount that is told to end waits for open files.
+const stopTime = 10 * time.Second
+
+// serve mounts and stays until nothing is left to do or ctx ends.
+func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready *readiness) error {
+	reg := prometheus.NewRegistry()
+	f.opts.Metrics = metrics.New(reg)
+	var endpoint *metricsServer
+	if f.metricsAddr != "" {
+		reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+		var err error
+		if endpoint, err = listenMetrics(f.metricsAddr, reg); err != nil {
+			return hint.Wrap(err, "name a free address with --metrics")
+		}
+		defer endpoint.Close()
+	}
+	m, err := mount.Start(ctx, source, mountpoint, f.opts)
+	if err != nil {
+		return err
+	}
+	endpoint.observe(m, f.opts.Metrics)
+	control, err := mount.NewControl(m)
+	if err == nil {
+		ready.report(nil)
+		served := make(chan struct{})
+		go func() {
+			m.Wait()
+			close(served)
+		}()
+		select {
+		case <-served:
+		case <-ctx.Done():
+		}
+	}
+	end, cancel := context.WithTimeout(context.Background(), stopTime)
+	defer cancel()
+	err = errors.Join(err, m.Close(end))
+	if control != nil {
+		control.Close()
+	}
+	return err
+}
