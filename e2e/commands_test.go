@@ -1,0 +1,145 @@
+package e2e
+
+import (
+	"encoding/json"
+	"os"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/testutil/promlint"
+
+	"github.com/cfs-fuse/cfs-fuse/e2e/images"
+)
+
+// The metrics of a mount keep to Prometheus' rules of naming, and have the
+// families and labels they are documented with, no more.
+func TestMetrics(t *testing.T) {
+	b, addr := newBench(t), freeAddr(t)
+	point := b.mount("oci:"+set.Layout(images.EStargz)+":"+images.Small, "--swap", "never", "--metrics", addr)
+	want, err := os.ReadFile(filepath.Join(point, "d07/f07"))
+	if err != nil || len(want) == 0 {
+		t.Fatalf("%d bytes, %v", len(want), err)
+	}
+	b.waitFor("sealed", point)
+	text := scrape(t, addr)
+	problems, err := promlint.New(strings.NewReader(text)).Lint()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, p := range problems {
+		if strings.HasPrefix(p.Metric, "cfs_fuse_") {
+			t.Errorf("%s: %s", p.Metric, p.Text)
+		}
+	}
+	for _, sample := range []string{
+		`cfs_fuse_source_requests_total{class="demand",result="ok"}`, `cfs_fuse_source_requests_total{class="prefetch",result="failed"}`,
+		`cfs_fuse_source_requests_total{class="fill",result="ok"}`, `cfs_fuse_source_bytes_total{class="fill",result="ok"}`,
+		`cfs_fuse_source_bytes_total{class="demand",result="failed"}`, `cfs_fuse_read_duration_seconds_count{source="local"}`,
+		`cfs_fuse_read_duration_seconds_bucket{source="registry",le="+Inf"}`, `cfs_fuse_chunks_failed_total{reason="digest"}`,
+		`cfs_fuse_state{state="lazy"}`, `cfs_fuse_files`, `cfs_fuse_files_local`, `cfs_fuse_image_bytes`, `cfs_fuse_image_local_bytes`,
+	} {
+		metric(t, addr, sample)
+	}
+	s := b.status(point)
+	for sample, want := range map[string]float64{
+		`cfs_fuse_state{state="sealed"}`: 1, `cfs_fuse_state{state="lazy"}`: 0,
+		`cfs_fuse_files`: float64(s.Files), `cfs_fuse_files_local`: float64(s.Files),
+		`cfs_fuse_image_bytes`: float64(s.Bytes), `cfs_fuse_image_local_bytes`: float64(s.Bytes),
+	} {
+		if got := metric(t, addr, sample); got != want {
+			t.Errorf("%s is %v, want %v", sample, got, want)
+		}
+	}
+	var fetched float64
+	for _, class := range []string{"demand", "prefetch", "fill"} {
+		fetched += metric(t, addr, `cfs_fuse_source_bytes_total{class="`+class+`",result="ok"}`)
+	}
+	total, err := set.CompressedSize(images.EStargz, images.Small)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if fetched < 0.5*float64(total) || fetched > 1.1*float64(total) {
+		t.Errorf("%v bytes counted for an image of %d", fetched, total)
+	}
+	labels := regexp.MustCompile(`[{,]([a-z_]+)="`)
+	for line := range strings.Lines(text) {
+		if !strings.HasPrefix(line, "cfs_fuse_") {
+			continue
+		}
+		for _, m := range labels.FindAllStringSubmatch(line, -1) {
+			switch m[1] {
+			case "class", "result", "source", "reason", "state", "le", "method", "mode", "backend":
+			default:
+				t.Errorf("label %s: %s", m[1], line)
+			}
+		}
+	}
+}
+
+// The commands say what is wrong in one line, with the exit codes of the help.
+func TestCommands(t *testing.T) {
+	b := newBench(t)
+	point := b.point()
+	source := "oci:" + set.Layout(images.EStargz) + ":" + images.Small
+	for _, c := range []struct {
+		code  int
+		words []string
+		args  []string
+	}{
+		{2, []string{"SOURCE"}, []string{"mount"}},
+		{2, []string{"--swap"}, []string{"mount", "--swap", "perhaps", source, point}},
+		{2, nil, []string{"wait", "--for", "nothing", point}},
+		{2, nil, []string{"no-such-command"}},
+		{3, []string{point}, []string{"status", point}},
+		{3, []string{point}, []string{"umount", point}},
+		{3, []string{point}, []string{"wait", "--for", "swapped", point}},
+		{1, []string{"none"}, []string{"mount", "--root", b.root, source, filepath.Join(b.dir, "none")}},
+		{1, []string{"nowhere"}, []string{"mount", "--root", b.root, "oci:" + b.dir + "/nowhere", point}},
+		{1, []string{"no-such-tag"}, []string{"mount", "--root", b.root, "oci:" + set.Layout(images.EStargz) + ":no-such-tag", point}},
+	} {
+		b.refused(c.code, c.words, c.args...)
+	}
+	if out := b.must("status"); !strings.Contains(out, "nothing is mounted") {
+		t.Errorf("status said %q", out)
+	}
+	k := newLink(t, registry.Addr, lan)
+	b.mountAt(source, point, "--swap", "never")
+	b.waitFor("sealed", point)
+	b.refused(1, []string{"mounted"}, "mount", "--root", b.root, source, point)
+	b.refused(4, []string{"--swap never"}, "wait", "--for", "swapped", point)
+	lazy := b.mount("docker://"+k.addr+"/"+images.Debian+":"+images.EStargz, "--fill=false")
+	b.refused(5, nil, "wait", "--for", "complete", "--timeout", "200ms", lazy)
+
+	var all []status
+	if err := json.Unmarshal([]byte(b.must("status", "--json")), &all); err != nil || len(all) != 2 {
+		t.Errorf("status --json of two mounts: %+v, %v", all, err)
+	}
+	text := b.must("status", point)
+	for _, word := range []string{point, source, "sealed", "fuse", "verity", "--swap never"} {
+		if !strings.Contains(text, word) {
+			t.Errorf("status does not say %q:\n%s", word, text)
+		}
+	}
+	// A mount in use stays, and the mount point stays what it was.
+	f, err := os.Open(filepath.Join(point, "d00/f01"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	start := time.Now()
+	b.refused(1, []string{point}, "umount", point)
+	if took := time.Since(start); took > 20*time.Second {
+		t.Errorf("umount of a mount in use took %v", took)
+	}
+	isFuse(t, point)
+	if err := f.Close(); err != nil {
+		t.Fatal(err)
+	}
+	b.must("umount", point)
+	b.must("umount", lazy)
+	b.refused(3, nil, "umount", point)
+	noProcess(t, b.dir)
+}
