@@ -212,15 +212,15 @@ func (s *story) watch() error {
 		if st.Note != "" {
 			return errors.New(st.Note)
 		}
-		bar.Set64(st.BytesLocal)
 		select {
 		case <-s.ctx.Done():
 			return s.ctx.Err()
-		case <-time.After(100 * time.Millisecond):
+		case <-time.After(100 * time.Millisecond): // a rate needs some time behind it
 		}
 		if st, err = s.status(); err != nil {
 			return err
 		}
+		bar.Set64(st.BytesLocal)
 	}
 	bar.Set64(st.Bytes)
 	fmt.Println()
