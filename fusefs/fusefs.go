@@ -58,21 +58,22 @@ type Options struct {
 	// Metrics and Logger may be nil.
 	Metrics *metrics.Metrics
 	Logger  *slog.Logger
-	// OnError is called, if set, for each failed read, with the inode's nid,
-	// the object and the error, before the reader gets its errno.
+	// OnError is called, if set, for each failed read, with the inode's nid (0
+	// in a session of ServeObjects), the object and the error, before the reader
+	// gets its errno.
 	OnError func(nid uint64, object string, err error)
 }
 
 // FSType is the type that mount tables show for a mount of this package.
 const FSType = "fuse.cfs-fuse"
 
-// A Server serves one image at one mount point.
+// A Server serves one image or set of objects.
 type Server struct {
-	fuse *fuse.Server
-	fs   *fileSystem
-	done chan struct{}
-	once sync.Once
-	id   int // of the mount, as mountinfo has it
+	fuse    *fuse.Server
+	session *session
+	done    chan struct{}
+	once    sync.Once
+	id      int // of the mount by which it is seen, as mountinfo has it
 }
 
 // Mount attaches the image at the folder mountpoint and serves it from its
@@ -83,6 +84,54 @@ type Server struct {
 // Setuid bits and device nodes work as root, as in any mount of a root
 // filesystem; without root the kernel's helper forbids both.
 func Mount(mountpoint string, image *erofs.Reader, contents Contents, o Options) (*Server, error) {
+	fsys := newFileSystem(image, contents, o.filled())
+	srv, err := mountImage(mountpoint, fsys)
+	if err != nil {
+		return nil, hint.Wrap(fmt.Errorf("mount FUSE at %s: %w", mountpoint, err),
+			"check that /dev/fuse exists and, without root, that fusermount3 is installed")
+	}
+	if err := srv.SeenAt(mountpoint); err != nil {
+		return nil, errors.Join(err, srv.Close(context.Background(), mountpoint))
+	}
+	return srv, nil
+}
+
+func mountImage(mountpoint string, fsys *fileSystem) (*Server, error) {
+	opts := fsys.opts.mountOptions(fsys.image.Header().HasACL)
+	if os.Geteuid() != 0 {
+		srv := &Server{session: fsys.session, done: make(chan struct{})}
+		var err error
+		if srv.fuse, err = fuse.NewServer(fsys, mountpoint, opts); err != nil {
+			return nil, err
+		}
+		go srv.serve()
+		return srv, nil
+	}
+	srv, m, err := serveDetached(fsys, fsys.session, opts)
+	if err != nil {
+		return nil, err
+	}
+	defer m.Close()
+	if err := kmount.Attach(m, mountpoint); err != nil {
+		return nil, srv.abandon(m, err)
+	}
+	return srv, nil
+}
+
+// ServeObjects serves objects as files of a FUSE filesystem that is mounted
+// nowhere: the caller gets the mount and builds an overlayfs over it. The
+// server ends by itself when the last reference to the mount is gone, the
+// file returned among them. Needs root.
+func ServeObjects(objects Objects, o Options) (*Server, *os.File, error) {
+	fsys := newObjectSystem(objects, o.filled())
+	srv, m, err := serveDetached(fsys, fsys.session, fsys.opts.mountOptions(false))
+	if err != nil {
+		return nil, nil, hint.Wrap(fmt.Errorf("serve objects: %w", err), "check that /dev/fuse exists")
+	}
+	return srv, m, nil
+}
+
+func (o Options) filled() Options {
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -90,9 +139,12 @@ func Mount(mountpoint string, image *erofs.Reader, contents Contents, o Options)
 		o.Source = "cfs-fuse"
 	}
 	o.Source = o.Source[:min(len(o.Source), kmount.MaxString)]
-	root := os.Geteuid() == 0
-	opts := &fuse.MountOptions{
-		AllowOther:               root,
+	return o
+}
+
+func (o Options) mountOptions(acl bool) *fuse.MountOptions {
+	return &fuse.MountOptions{
+		AllowOther:               os.Geteuid() == 0,
 		Options:                  []string{"ro", "default_permissions"},
 		FsName:                   o.Source,
 		Name:                     strings.TrimPrefix(FSType, "fuse."),
@@ -100,45 +152,18 @@ func Mount(mountpoint string, image *erofs.Reader, contents Contents, o Options)
 		MaxBackground:            maxBackground,
 		EnableSymlinkCaching:     true,
 		ExplicitDataCacheControl: true,
-		EnableAcl:                image.Header().HasACL,
+		EnableAcl:                acl,
 		DisabledCapabilities:     fuse.CAP_PASSTHROUGH,
 		Logger:                   log.New(logWriter{o.Logger}, "", 0),
 	}
-	fsys := newFileSystem(image, contents, o)
-	srv := &Server{fs: fsys, done: make(chan struct{})}
-	var err error
-	if root {
-		err = srv.mountDirect(mountpoint, opts)
-	} else {
-		srv.fuse, err = fuse.NewServer(fsys, mountpoint, opts)
-		if err == nil {
-			go srv.serve()
-		}
-	}
-	if err != nil {
-		return nil, hint.Wrap(fmt.Errorf("mount FUSE at %s: %w", mountpoint, err),
-			"check that /dev/fuse exists and, without root, that fusermount3 is installed")
-	}
-	info, err := kmount.At(mountpoint)
-	if err != nil {
-		return nil, errors.Join(err, srv.Close(context.Background(), mountpoint))
-	}
-	srv.id = info.ID
-	return srv, nil
 }
 
-// IsTop reports whether this server's mount is the topmost one at mountpoint.
-func (s *Server) IsTop(mountpoint string) bool {
-	info, err := kmount.At(mountpoint)
-	return err == nil && info.ID == s.id
-}
-
-// mountDirect builds the mount detached, lets the server answer INIT, and only
-// then makes it visible.
-func (s *Server) mountDirect(mountpoint string, o *fuse.MountOptions) error {
+// serveDetached builds a mount that is visible nowhere yet, and returns once
+// the server has answered its INIT.
+func serveDetached(fsys fuse.RawFileSystem, s *session, o *fuse.MountOptions) (*Server, *os.File, error) {
 	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return fmt.Errorf("open /dev/fuse: %w", err)
+		return nil, nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
 	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY,
 		kmount.Flag("ro"),
@@ -150,23 +175,26 @@ func (s *Server) mountDirect(mountpoint string, o *fuse.MountOptions) error {
 		kmount.String("max_read", strconv.Itoa(o.MaxWrite)))
 	if err != nil {
 		unix.Close(dev)
-		return err
+		return nil, nil, err
 	}
-	defer m.Close()
+	srv := &Server{session: s, done: make(chan struct{})}
 	// NewServer takes the descriptor over, whether it succeeds or not.
-	s.fuse, err = fuse.NewServer(s.fs, fmt.Sprintf("/dev/fd/%d", dev), o)
+	srv.fuse, err = fuse.NewServer(fsys, fmt.Sprintf("/dev/fd/%d", dev), o)
 	if err != nil {
-		return err
-	}
-	go s.serve()
-	if err = refusePoll(m); err == nil {
-		err = kmount.Attach(m, mountpoint)
-	}
-	if err != nil {
-		// Closing m drops the last reference, and Serve ends by itself.
 		m.Close()
-		<-s.done
+		return nil, nil, err
 	}
+	go srv.serve()
+	if err := refusePoll(m); err != nil {
+		return nil, nil, srv.abandon(m, err)
+	}
+	return srv, m, nil
+}
+
+// abandon ends a server whose mount nobody has seen, because of err.
+func (s *Server) abandon(m *os.File, err error) error {
+	m.Close() // the last reference: serve ends by itself
+	<-s.done
 	return err
 }
 
@@ -187,13 +215,37 @@ func refusePoll(m *os.File) error {
 
 func (s *Server) serve() {
 	s.fuse.Serve()
-	s.fs.stop()
+	s.session.stop()
 	close(s.done)
 }
 
 // Done is closed when the kernel has let go of the filesystem: it is
 // unmounted everywhere and its last file is closed.
 func (s *Server) Done() <-chan struct{} { return s.done }
+
+// SeenAt notes that the topmost mount at mountpoint is the one by which this
+// server is seen: its own, or the overlayfs over its objects.
+func (s *Server) SeenAt(mountpoint string) error {
+	info, err := kmount.At(mountpoint)
+	s.id = info.ID
+	return err
+}
+
+// IsTop reports whether the mount by which this server is seen is the topmost
+// one at mountpoint.
+func (s *Server) IsTop(mountpoint string) bool {
+	info, err := kmount.At(mountpoint)
+	return err == nil && info.ID == s.id
+}
+
+// MountID returns the number, as mountinfo has it, of the mount by which this
+// server is seen.
+func (s *Server) MountID() int { return s.id }
+
+// Requests returns how often the kernel has asked and waited for an answer, by
+// operation ("lookup", "read", …). Operations that it never asked for are
+// absent.
+func (s *Server) Requests() map[string]int64 { return s.session.requests() }
 
 // Close detaches the mount from mountpoint, cancels reads that wait, and
 // returns when the kernel has let go of the filesystem or ctx ends. What others
@@ -217,7 +269,7 @@ func (s *Server) Close(ctx context.Context, mountpoint string) error {
 	if err != nil {
 		return err
 	}
-	s.fs.stop()
+	s.session.stop()
 	select {
 	case <-s.done:
 		return nil

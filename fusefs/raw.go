@@ -1,7 +1,6 @@
 package fusefs
 
 import (
-	"context"
 	"errors"
 	"io/fs"
 
@@ -24,38 +23,18 @@ const (
 	forever = 10 * 365 * 24 * 3600
 )
 
-// fileSystem answers the kernel's requests. Operations that it does not have
-// are answered with ENOSYS by the embedded default, after which the kernel
-// does without them.
+// fileSystem answers the kernel's requests about an image.
 type fileSystem struct {
-	fuse.RawFileSystem
-	image    *erofs.Reader
-	root     uint64
-	contents Contents
-	opts     Options
-	ctx      context.Context // ends with the mount
-	cancel   context.CancelCauseFunc
+	*session
+	image *erofs.Reader
+	root  uint64
 }
 
 var _ fuse.RawFileSystem = (*fileSystem)(nil)
 
 func newFileSystem(image *erofs.Reader, contents Contents, o Options) *fileSystem {
-	ctx, cancel := context.WithCancelCause(context.Background())
-	return &fileSystem{
-		RawFileSystem: fuse.NewDefaultRawFileSystem(),
-		image:         image,
-		root:          image.Root(),
-		contents:      contents,
-		opts:          o,
-		ctx:           ctx,
-		cancel:        cancel,
-	}
+	return &fileSystem{session: newSession(contents, o), image: image, root: image.Root()}
 }
-
-// stop wakes every read that waits.
-func (f *fileSystem) stop() { f.cancel(errStopped) }
-
-func (f *fileSystem) String() string { return "cfs-fuse" }
 
 // nid turns a FUSE node ID into a nid of the image.
 func (f *fileSystem) nid(node uint64) uint64 {
@@ -109,6 +88,7 @@ func (f *fileSystem) entry(ino *erofs.Inode, out *fuse.EntryOut) {
 }
 
 func (f *fileSystem) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+	f.count(opLookup)
 	dir, st := f.inode(h.NodeId)
 	if !st.Ok() {
 		return st
@@ -130,10 +110,8 @@ func (f *fileSystem) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, ou
 	return fuse.OK
 }
 
-// Forget does nothing: a node has no state here.
-func (f *fileSystem) Forget(uint64, uint64) {}
-
 func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.AttrOut) fuse.Status {
+	f.count(opGetAttr)
 	ino, st := f.inode(in.NodeId)
 	if !st.Ok() {
 		return st
@@ -144,6 +122,7 @@ func (f *fileSystem) GetAttr(_ <-chan struct{}, in *fuse.GetAttrIn, out *fuse.At
 }
 
 func (f *fileSystem) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse.Status) {
+	f.count(opReadlink)
 	ino, st := f.inode(h.NodeId)
 	if !st.Ok() {
 		return nil, st
@@ -155,24 +134,15 @@ func (f *fileSystem) Readlink(_ <-chan struct{}, h *fuse.InHeader) ([]byte, fuse
 	return []byte(target), fuse.OK
 }
 
-// Open and OpenDir answer ENOSYS: the kernel then opens files and folders by
-// itself, keeps their pages and listings, and never asks again (fuse_file_open
-// in the kernel's fs/fuse/file.c).
-func (f *fileSystem) Open(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
-	return fuse.ENOSYS
-}
-
-func (f *fileSystem) OpenDir(<-chan struct{}, *fuse.OpenIn, *fuse.OpenOut) fuse.Status {
-	return fuse.ENOSYS
-}
-
 func (f *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	f.count(opReadDir)
 	return f.readDir(in, func(e *fuse.DirEntry, ino *erofs.Inode) bool {
 		return out.AddDirEntry(*e)
 	})
 }
 
 func (f *fileSystem) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	f.count(opReadDirPlus)
 	return f.readDir(in, func(e *fuse.DirEntry, ino *erofs.Inode) bool {
 		o := out.AddDirLookupEntry(*e)
 		if o == nil {
@@ -214,6 +184,7 @@ func (f *fileSystem) readDir(in *fuse.ReadIn, add func(*fuse.DirEntry, *erofs.In
 }
 
 func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
+	f.count(opStatFs)
 	h := f.image.Header()
 	out.Bsize, out.Frsize = 4096, 4096
 	out.Blocks = uint64(h.Size / 4096)

@@ -3,7 +3,6 @@ package fusefs
 import (
 	"bytes"
 	"context"
-	"errors"
 	"fmt"
 	"os"
 	"strconv"
@@ -18,6 +17,7 @@ import (
 
 func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
 	start := time.Now()
+	f.count(opRead)
 	ino, st := f.inode(in.NodeId)
 	if !st.Ok() {
 		return nil, st
@@ -31,31 +31,21 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	}
 	buf = buf[:min(int64(len(buf)), int64(in.Size), ino.Size-off)]
 
-	var n int
 	var err error
 	var object string
 	source := metrics.Local
 	if !ino.External() {
+		var n int
 		n, err = f.image.ReadAt(ino, buf, off)
+		err = short(n, len(buf), in.Offset, err)
 	} else if object, _, err = f.image.Payload(ino); err == nil {
-		ctx := newRequest(f.ctx, cancel, in.Caller.Pid)
-		var fetched bool
-		n, fetched, err = f.contents.ReadAt(ctx, object, buf, off)
-		ctx.end()
-		if fetched {
-			source = metrics.Registry
-		}
-	}
-	if n == len(buf) {
-		err = nil
-	} else if err == nil {
-		err = fmt.Errorf("object is shorter than the image says: %d of %d bytes at offset %d", n, len(buf), off)
+		source, err = f.readObject(cancel, in, object, buf)
 	}
 	if err != nil {
 		return nil, f.fail(ino.NID, object, err)
 	}
-	f.opts.Metrics.Read(source, time.Since(start))
-	return fuse.ReadResultData(buf[:n]), fuse.OK
+	f.answered(source, start)
+	return fuse.ReadResultData(buf), fuse.OK
 }
 
 // A request is the context of one read: it ends with the mount, and when the
@@ -149,12 +139,4 @@ func dying(tid uint32) bool {
 		}
 	}
 	return false
-}
-
-// fail reports an error that a program is about to get as an errno.
-func (f *fileSystem) fail(nid uint64, object string, err error) fuse.Status {
-	if !errors.Is(err, context.Canceled) && f.opts.OnError != nil {
-		f.opts.OnError(nid, object, err)
-	}
-	return errno(err)
 }

@@ -14,6 +14,7 @@ import (
 const trusted = "trusted."
 
 func (f *fileSystem) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, name string, dest []byte) (uint32, fuse.Status) {
+	f.count(opGetXAttr)
 	ino, st := f.inode(h.NodeId)
 	if !st.Ok() {
 		return 0, st
@@ -29,6 +30,7 @@ func (f *fileSystem) GetXAttr(_ <-chan struct{}, h *fuse.InHeader, name string, 
 }
 
 func (f *fileSystem) ListXAttr(_ <-chan struct{}, h *fuse.InHeader, dest []byte) (uint32, fuse.Status) {
+	f.count(opListXAttr)
 	ino, st := f.inode(h.NodeId)
 	if !st.Ok() {
 		return 0, st

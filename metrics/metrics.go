@@ -2,7 +2,7 @@
 // a registry that its caller passes in. It knows no other package of ours and
 // starts no server.
 //
-// Labels are few and closed (class, result, source, reason, state): none
+// Labels are few and closed (class, result, source, reason, state, operation): none
 // names an image, a layer or a file, so the number of series is fixed.
 //
 // Every method works on a nil *Metrics and then does nothing, so that a
@@ -48,6 +48,7 @@ type Metrics struct {
 	requests   *prometheus.CounterVec
 	bytes      *prometheus.CounterVec
 	read       *prometheus.HistogramVec
+	fuse       *prometheus.CounterVec
 	chunks     *prometheus.CounterVec
 	state      *prometheus.GaugeVec
 	files      prometheus.Gauge
@@ -76,6 +77,10 @@ func New(reg prometheus.Registerer) *Metrics {
 			NativeHistogramBucketFactor:    1.1,
 			NativeHistogramMaxBucketNumber: 100,
 		}, []string{"source"}),
+		fuse: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "cfs_fuse_requests_total",
+			Help: "Requests of the kernel to FUSE, by operation.",
+		}, []string{"operation"}),
 		chunks: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "cfs_fuse_chunks_failed_total",
 			Help: "Chunks that were not taken into the store, by reason.",
@@ -97,7 +102,7 @@ func New(reg prometheus.Registerer) *Metrics {
 			Name: "cfs_fuse_image_local_bytes", Help: "Uncompressed bytes of the image's file contents that are in the store.",
 		}),
 	}
-	reg.MustRegister(m.requests, m.bytes, m.read, m.chunks, m.state, m.files, m.filesLocal, m.size, m.sizeLocal)
+	reg.MustRegister(m.requests, m.bytes, m.read, m.fuse, m.chunks, m.state, m.files, m.filesLocal, m.size, m.sizeLocal)
 	for _, class := range []string{Demand, Prefetch, Fill, Metadata} {
 		for _, result := range []string{OK, Failed} {
 			m.requests.WithLabelValues(class, result)
@@ -128,6 +133,15 @@ func (m *Metrics) Read(source string, d time.Duration) {
 		return
 	}
 	m.read.WithLabelValues(source).Observe(d.Seconds())
+}
+
+// FUSERequest counts one request of the kernel to FUSE, by operation in lower
+// case ("lookup", "read", …).
+func (m *Metrics) FUSERequest(operation string) {
+	if m == nil {
+		return
+	}
+	m.fuse.WithLabelValues(operation).Inc()
 }
 
 // ChunkFailed counts one chunk that was not taken into the store.

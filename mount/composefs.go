@@ -23,6 +23,10 @@ func (m *Mount) startComposefs(path string) error {
 	if len(m.opts.Objects) == 0 {
 		return hint.Wrap(fmt.Errorf("mount %s: no folder of objects", m.source), "add --objects DIR")
 	}
+	if m.opts.Backend == Hybrid {
+		return hint.Wrap(fmt.Errorf("mount %s: --backend hybrid: there is nothing to fetch for a composefs image", m.source),
+			"use --backend fuse, or mount.composefs for a mount of the kernel's")
+	}
 	objects := &objectFolders{}
 	for _, dir := range m.opts.Objects {
 		root, err := os.OpenRoot(dir)
@@ -56,6 +60,7 @@ func (m *Mount) startComposefs(path string) error {
 	m.objects = objects
 	m.update(func(s *Status) {
 		s.State = Complete
+		s.BackendReason = "a composefs: source; mount.composefs makes kernel mounts"
 		s.ComposefsDigest = digest.String()
 		s.Verity = "not enforced (FUSE serves)"
 		s.Note = "a composefs: source is served as it is"

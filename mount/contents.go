@@ -22,7 +22,7 @@ type lazyContents struct {
 	fetch *fetcher.Fetcher
 }
 
-var _ fusefs.Contents = (*lazyContents)(nil)
+var _ fusefs.Objects = (*lazyContents)(nil)
 
 // fetchAttempts bounds how often one read asks for bytes that were put into
 // the store and are gone again when it looks.
@@ -57,6 +57,21 @@ func (l *lazyContents) ReadAt(ctx context.Context, object string, p []byte, off 
 			return n, true, err
 		}
 	}
+}
+
+// Object returns the name and size of content i of the image.
+func (l *lazyContents) Object(i int) (string, int64) {
+	c := l.index.Content(i)
+	return c.Digest.Path(), c.Size
+}
+
+// Find returns the number of the content of that name.
+func (l *lazyContents) Find(name string) (int, bool) {
+	digest, err := parseObject(name)
+	if err != nil {
+		return 0, false
+	}
+	return l.index.Find(digest)
 }
 
 // parseObject reads the digest that names an object: "ab/cdef…".

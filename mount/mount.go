@@ -2,10 +2,11 @@
 // four states, and leaves when nothing is left to do. It fetches, stores,
 // parses and serves nothing itself.
 //
-//	Lazy      FUSE serves the tree; absent bytes come from the source
+//	Lazy      FUSE serves the tree, or the kernel does and FUSE what is not
+//	          whole (Hybrid); absent bytes come from the source
 //	Complete  every content is whole in the store, and checked
 //	Sealed    sealed.erofs is written with all fs-verity digests, and synced
-//	Swapped   a kernel EROFS + overlayfs mount is in FUSE's place
+//	Swapped   a kernel EROFS + overlayfs mount is in the first one's place
 //
 // States only go forward, and the first three are recomputed from the store at
 // each start: Complete means that no content is absent, Sealed that
@@ -31,8 +32,6 @@ import (
 	"strings"
 	"sync"
 	"time"
-
-	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/cache"
 	"github.com/cfs-fuse/cfs-fuse/erofs"
@@ -63,6 +62,8 @@ type Options struct {
 	Root, Runtime string
 	// Source says how the source is reached.
 	Source fetcher.Options
+	// Backend is AutoBackend (also when empty), FUSE or Hybrid.
+	Backend Backend
 	// Swap is Auto (also when empty), Never or Require; Verity is Try (also
 	// when empty), Require or Off.
 	Swap, Verity Policy
@@ -126,6 +127,9 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if o.Verity == "" {
 		o.Verity = Try
 	}
+	if o.Backend == "" {
+		o.Backend = AutoBackend
+	}
 	o.Source.Metrics, o.Source.Logger = o.Metrics, o.Logger
 	if source, err = absoluteSource(source); err != nil {
 		return nil, err
@@ -143,7 +147,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 		}
 		defer lock.Close()
 	}
-	if err := checkMountpoint(abs); err != nil {
+	if err := checkMountpoint(abs, o.Runtime); err != nil {
 		return nil, err
 	}
 	m := &Mount{
@@ -151,7 +155,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 		mountpoint: abs, source: source, started: time.Now(),
 		change: make(chan struct{}),
 	}
-	m.status = Status{Source: source, Mountpoint: abs, Root: o.Root, PID: os.Getpid(), Backend: "fuse", Verity: "none yet"}
+	m.status = Status{Source: source, Mountpoint: abs, Root: o.Root, PID: os.Getpid(), Backend: string(FUSE), Verity: "none yet"}
 	defer func() {
 		if err != nil {
 			m.release()
@@ -194,20 +198,38 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	return m, nil
 }
 
-// serve starts the fetcher and the FUSE mount.
+// serve starts the fetcher and mounts the image by FUSE or as a hybrid.
 func (m *Mount) serve() error {
+	hybrid, why, err := m.chooseBackend()
+	if err != nil {
+		return err
+	}
 	blobs := make([]fetcher.Blob, len(m.image.layers))
 	for i, desc := range m.image.layers {
 		blobs[i] = m.src.Blob(desc)
 	}
 	m.fetch = fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{Metrics: m.opts.Metrics, Logger: m.log})
-	var err error
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
-	m.server, err = fusefs.Mount(m.mountpoint, m.reader, &lazyContents{m.image.index, m.contents, m.fetch}, fusefs.Options{
-		Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
-	})
+	contents := &lazyContents{m.image.index, m.contents, m.fetch}
+	o := fusefs.Options{Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError}
+	if hybrid {
+		err = m.serveHybrid(contents, o)
+		if err != nil && m.opts.Backend == AutoBackend {
+			hybrid, why = false, "not hybrid: "+oneLine(err.Error())
+		}
+	}
+	if !hybrid {
+		m.server, err = fusefs.Mount(m.mountpoint, m.reader, contents, o)
+	} else if err != nil {
+		return fmt.Errorf("mount at %s: %w", m.mountpoint, err)
+	}
+	m.status.BackendReason = why
+	if hybrid {
+		m.status.Backend = string(Hybrid)
+	}
+	m.log.Debug("mounted", "backend", m.status.Backend, "reason", why, "after", time.Since(m.started))
 	return err
 }
 
@@ -237,19 +259,17 @@ func lockMountpoint(runtimeDir, mountpoint string) (*os.File, error) {
 }
 
 // checkMountpoint fails unless something can be mounted on the folder path,
-// after taking away a FUSE mount of ours whose server has died.
-func checkMountpoint(path string) error {
+// after taking away a mount of ours whose server has died.
+func checkMountpoint(path, runtimeDir string) error {
 	if info, err := kmount.At(path); err == nil && (ours(info) || isSealedMount(info)) {
-		// statfs(2) always asks the server; stat(2) is answered from what the
-		// kernel remembers, also where nobody serves any more.
-		if err := unix.Statfs(path, new(unix.Statfs_t)); !isDead(err) {
+		if !isDead(info, path, runtimeDir) {
 			return hint.Wrap(fmt.Errorf("mount point %s: %s is mounted there already", path, info.Source),
 				"run 'cfs-fuse umount "+path+"' first")
 		}
 		if err := kmount.Detach(path); err != nil {
 			return hint.Wrap(fmt.Errorf("take away the mount of a process that has died: %w", err), "run 'umount -l "+path+"'")
 		}
-		return checkMountpoint(path) // a swap that was cut short left another
+		return checkMountpoint(path, runtimeDir) // a swap that was cut short left another
 	}
 	fi, err := os.Stat(path)
 	if err == nil && !fi.IsDir() {
@@ -273,6 +293,11 @@ func (m *Mount) conduct(ctx context.Context) {
 			return
 		}
 		m.setState(Complete)
+	}
+	if m.status.Backend == string(Hybrid) {
+		if err := m.letGo(); err != nil {
+			m.log.Info("files that were opened while they were not whole are read through FUSE for a while", "error", err)
+		}
 	}
 	if m.state() < Sealed {
 		var rec sealedRecord

@@ -71,6 +71,13 @@ func checkFiles(t *testing.T, mnt string) {
 	}
 }
 
+// eachBackend runs a test with each of the backends.
+func eachBackend(t *testing.T, test func(t *testing.T, b Backend)) {
+	for _, b := range []Backend{FUSE, Hybrid} {
+		t.Run(string(b), func(t *testing.T) { test(t, b) })
+	}
+}
+
 // start mounts a source until the test ends.
 func start(t *testing.T, source string, o Options) (*Mount, string) {
 	t.Helper()
@@ -129,11 +136,13 @@ func inodes(t *testing.T, mnt string) map[string]uint64 {
 	return all
 }
 
-func TestFourStates(t *testing.T) {
+func TestFourStates(t *testing.T) { eachBackend(t, testFourStates) }
+
+func testFourStates(t *testing.T, backend Backend) {
 	source := twoLayers(t)
 	root := filepath.Join(t.TempDir(), "root")
-	m, mnt := start(t, source, Options{Root: root, Swap: Never, NoFill: true})
-	if s := m.Status(); s.State != Lazy || s.Backend != "fuse" || s.FilesLocal != 0 {
+	m, mnt := start(t, source, Options{Backend: backend, Root: root, Swap: Never, NoFill: true})
+	if s := m.Status(); s.State != Lazy || s.Backend != string(backend) || s.FilesLocal != 0 {
 		t.Errorf("at first: %+v", s)
 	}
 	lazy := inodes(t, mnt)
@@ -149,7 +158,7 @@ func TestFourStates(t *testing.T) {
 	if err := os.RemoveAll(strings.TrimSuffix(strings.TrimPrefix(source, "oci:"), ":latest")); err != nil {
 		t.Fatal(err)
 	}
-	m2, mnt2 := start(t, source, Options{Root: root})
+	m2, mnt2 := start(t, source, Options{Backend: backend, Root: root})
 	if s := m2.Status(); s.State != Swapped || s.Backend != "kernel" {
 		t.Errorf("second mount: %+v", s)
 	}
@@ -161,8 +170,10 @@ func TestFourStates(t *testing.T) {
 	}
 }
 
-func TestFillSealSwap(t *testing.T) {
-	m, mnt := start(t, twoLayers(t), Options{})
+func TestFillSealSwap(t *testing.T) { eachBackend(t, testFillSealSwap) }
+
+func testFillSealSwap(t *testing.T, backend Backend) {
+	m, mnt := start(t, twoLayers(t), Options{Backend: backend})
 	waitFor(t, m, Swapped)
 	checkFiles(t, mnt)
 	info, err := kmount.At(mnt)
@@ -177,8 +188,10 @@ func TestFillSealSwap(t *testing.T) {
 }
 
 // Both images must have each inode at the same place (ARCHITECTURE.md).
-func TestSameNIDs(t *testing.T) {
-	m, _ := start(t, twoLayers(t), Options{Swap: Never})
+func TestSameNIDs(t *testing.T) { eachBackend(t, testSameNIDs) }
+
+func testSameNIDs(t *testing.T, backend Backend) {
+	m, _ := start(t, twoLayers(t), Options{Backend: backend, Swap: Never})
 	waitFor(t, m, Sealed)
 	where := map[string]map[string]uint64{}
 	for _, name := range []string{lazyName, sealedName} {
@@ -205,21 +218,23 @@ func TestSameNIDs(t *testing.T) {
 	}
 }
 
-func TestPinnedDigest(t *testing.T) {
+func TestPinnedDigest(t *testing.T) { eachBackend(t, testPinnedDigest) }
+
+func testPinnedDigest(t *testing.T, backend Backend) {
 	source := twoLayers(t)
 	root := filepath.Join(t.TempDir(), "root")
-	m, mnt := start(t, source, Options{Root: root, Digest: image.Digest{1}})
+	m, mnt := start(t, source, Options{Backend: backend, Root: root, Digest: image.Digest{1}})
 	err := m.WaitFor(t.Context(), Sealed)
 	if !errors.Is(err, ErrStuck) || !strings.Contains(err.Error(), "--digest wants 0100") {
 		t.Errorf("WaitFor = %v, want ErrStuck with both digests", err)
 	}
-	if s := m.Status(); s.State != Complete || s.Backend != "fuse" {
+	if s := m.Status(); s.State != Complete || s.Backend != string(backend) {
 		t.Errorf("status = %+v", s)
 	}
 	checkFiles(t, mnt)
 	end(t, m, mnt)
 
-	m, mnt = start(t, source, Options{Root: root, Swap: Never})
+	m, mnt = start(t, source, Options{Backend: backend, Root: root, Swap: Never})
 	waitFor(t, m, Sealed)
 	var right hexDigest
 	if err := right.UnmarshalText([]byte(m.Status().ComposefsDigest)); err != nil {
@@ -228,23 +243,25 @@ func TestPinnedDigest(t *testing.T) {
 	end(t, m, mnt)
 	// Now the store knows that it is the wrong one before it is mounted.
 	other := t.TempDir()
-	if wrong, err := Start(t.Context(), source, other, Options{Root: root, Digest: image.Digest{1}}); err == nil {
+	if wrong, err := Start(t.Context(), source, other, Options{Backend: backend, Root: root, Digest: image.Digest{1}}); err == nil {
 		end(t, wrong, other)
 		t.Error("the wrong image was mounted")
 	}
-	m, _ = start(t, source, Options{Root: root, Digest: image.Digest(right)})
+	m, _ = start(t, source, Options{Backend: backend, Root: root, Digest: image.Digest(right)})
 	if s := m.Status(); s.State != Swapped {
 		t.Errorf("with the right digest: %+v", s)
 	}
 }
 
 // This kernel may or may not have fs-verity; require must hold either way.
-func TestVerityRequire(t *testing.T) {
-	m, mnt := start(t, twoLayers(t), Options{Verity: Require})
+func TestVerityRequire(t *testing.T) { eachBackend(t, testVerityRequire) }
+
+func testVerityRequire(t *testing.T, backend Backend) {
+	m, mnt := start(t, twoLayers(t), Options{Backend: backend, Verity: Require})
 	err := m.WaitFor(t.Context(), Swapped)
 	if s := m.Status(); err == nil && s.Verity != "enforced" {
 		t.Errorf("swapped with verity %q", s.Verity)
-	} else if err != nil && (!errors.Is(err, ErrStuck) || s.Backend != "fuse" || !strings.Contains(s.Note, "--verity require")) {
+	} else if err != nil && (!errors.Is(err, ErrStuck) || s.Backend != string(backend) || !strings.Contains(s.Note, "--verity require")) {
 		t.Errorf("WaitFor = %v; status %+v", err, s)
 	}
 	checkFiles(t, mnt)
@@ -342,10 +359,12 @@ func TestStartErrors(t *testing.T) {
 	}
 }
 
-func TestMountTwice(t *testing.T) {
+func TestMountTwice(t *testing.T) { eachBackend(t, testMountTwice) }
+
+func testMountTwice(t *testing.T, backend Backend) {
 	source := twoLayers(t)
-	_, mnt := start(t, source, Options{Swap: Never, NoFill: true})
-	if m, err := Start(t.Context(), source, mnt, Options{Root: t.TempDir()}); err == nil {
+	_, mnt := start(t, source, Options{Backend: backend, Swap: Never, NoFill: true})
+	if m, err := Start(t.Context(), source, mnt, Options{Backend: backend, Root: t.TempDir()}); err == nil {
 		m.Close(t.Context())
 		t.Error("mounted over itself")
 	} else if !strings.Contains(hint.Of(err), "cfs-fuse umount") {
@@ -407,12 +426,14 @@ func TestInsecureIsRemembered(t *testing.T) {
 }
 
 // Processes that share an image seal it once, and all swap.
-func TestSealTogether(t *testing.T) {
+func TestSealTogether(t *testing.T) { eachBackend(t, testSealTogether) }
+
+func testSealTogether(t *testing.T, backend Backend) {
 	source := twoLayers(t)
 	root := filepath.Join(t.TempDir(), "root")
 	var all []*Mount
 	for range 4 {
-		m, _ := start(t, source, Options{Root: root})
+		m, _ := start(t, source, Options{Backend: backend, Root: root})
 		all = append(all, m)
 	}
 	for _, m := range all {
@@ -421,16 +442,18 @@ func TestSealTogether(t *testing.T) {
 }
 
 // A mount point is one image's: also after the swap, also through a link.
-func TestSwappedIsTaken(t *testing.T) {
+func TestSwappedIsTaken(t *testing.T) { eachBackend(t, testSwappedIsTaken) }
+
+func testSwappedIsTaken(t *testing.T, backend Backend) {
 	source := twoLayers(t)
-	m, mnt := start(t, source, Options{})
+	m, mnt := start(t, source, Options{Backend: backend})
 	waitFor(t, m, Swapped)
 	link := filepath.Join(t.TempDir(), "link")
 	if err := os.Symlink(mnt, link); err != nil {
 		t.Fatal(err)
 	}
 	for _, path := range []string{mnt, link} {
-		if second, err := Start(t.Context(), source, path, Options{Root: t.TempDir()}); err == nil {
+		if second, err := Start(t.Context(), source, path, Options{Backend: backend, Root: t.TempDir()}); err == nil {
 			end(t, second, path)
 			t.Errorf("%s: mounted over itself", path)
 		}
@@ -460,11 +483,13 @@ func TestMissingObjectName(t *testing.T) {
 }
 
 // An outage is waited out; wrong bytes are not.
-func TestFillIsTriedAgain(t *testing.T) {
+func TestFillIsTriedAgain(t *testing.T) { eachBackend(t, testFillIsTriedAgain) }
+
+func testFillIsTriedAgain(t *testing.T, backend Backend) {
 	source := twoLayers(t)
 	blobs := filepath.Join(strings.TrimSuffix(strings.TrimPrefix(source, "oci:"), ":latest"), "blobs")
 	root := filepath.Join(t.TempDir(), "root")
-	m, mnt := start(t, source, Options{Root: root, NoFill: true})
+	m, mnt := start(t, source, Options{Backend: backend, Root: root, NoFill: true})
 	end(t, m, mnt)
 	raw, err := os.ReadFile(m.image.path(manifestName))
 	if err != nil {
@@ -478,7 +503,7 @@ func TestFillIsTriedAgain(t *testing.T) {
 	if err := errors.Join(os.MkdirAll(filepath.Dir(manifest), 0o755), os.WriteFile(manifest, raw, 0o644)); err != nil {
 		t.Fatal(err)
 	}
-	m, _ = start(t, source, Options{Root: root})
+	m, _ = start(t, source, Options{Backend: backend, Root: root})
 	for m.Status().Note == "" {
 		time.Sleep(10 * time.Millisecond)
 	}
@@ -508,9 +533,11 @@ func TestComposefsSource(t *testing.T) {
 }
 
 // The record and the socket are what the other commands see.
-func TestControl(t *testing.T) {
+func TestControl(t *testing.T) { eachBackend(t, testControl) }
+
+func testControl(t *testing.T, backend Backend) {
 	run := filepath.Join(t.TempDir(), "run")
-	m, mnt := start(t, twoLayers(t), Options{Runtime: run})
+	m, mnt := start(t, twoLayers(t), Options{Backend: backend, Runtime: run})
 	c, err := NewControl(m)
 	if err != nil {
 		t.Fatal(err)
@@ -539,9 +566,11 @@ func TestControl(t *testing.T) {
 }
 
 // A process that ends late leaves alone what is its successor's.
-func TestSuccessor(t *testing.T) {
+func TestSuccessor(t *testing.T) { eachBackend(t, testSuccessor) }
+
+func testSuccessor(t *testing.T, backend Backend) {
 	run := filepath.Join(t.TempDir(), "run")
-	m, mnt := start(t, twoLayers(t), Options{Runtime: run, Swap: Never, NoFill: true})
+	m, mnt := start(t, twoLayers(t), Options{Backend: backend, Runtime: run, Swap: Never, NoFill: true})
 	c, err := NewControl(m)
 	if err != nil {
 		t.Fatal(err)

@@ -6,9 +6,11 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -60,6 +62,19 @@ func (f Files) load() (Status, error) {
 	return s, nil
 }
 
+// abandoned reports whether there is a record whose process cannot be reached
+// because there is none.
+func (f Files) abandoned() bool {
+	if _, err := os.Stat(f.Record); err != nil {
+		return false
+	}
+	c, err := net.DialTimeout("unix", f.Socket, time.Second)
+	if err == nil {
+		c.Close()
+	}
+	return errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist)
+}
+
 // errNoMount says that a path is no mount of ours.
 func errNoMount(path string) error {
 	return hint.Wrap(fmt.Errorf("%s: %w of cfs-fuse", path, kmount.ErrNotMounted), "'cfs-fuse status' lists what is mounted")
@@ -73,7 +88,10 @@ func fromKernel(s Status) (Status, error) {
 	case err != nil:
 		return s, err
 	case isSealedMount(info):
-		s.State, s.Backend, s.PID = Swapped, "kernel", 0
+		s.State, s.Backend, s.BackendReason, s.PID = Swapped, "kernel", "", 0
+	case isHybridMount(info):
+		s.PID = 0
+		s.Note = "the process that served it has died; files that are whole can be read, others cannot; mount the image again"
 	case ours(info):
 		s.PID = 0
 		s.Note = "the process that served it has died; mount the image again"

@@ -42,7 +42,7 @@ func (m *Mount) reportReadError(nid uint64, object string, err error) {
 	if !m.reports.due(object + err.Error()) {
 		return
 	}
-	log := m.log.With("path", m.pathOf(nid), "object", object)
+	log := m.log.With("path", m.pathOf(nid, object), "object", object)
 	if d, ok := errors.AsType[*fetcher.DigestError](err); ok {
 		log.Error("a chunk does not have its digest: the read fails, nothing is stored",
 			"layer", d.LayerDigest, "chunk", d.Chunk, "want", d.Want, "got", d.Got)
@@ -51,15 +51,20 @@ func (m *Mount) reportReadError(nid uint64, object string, err error) {
 	log.Error("read failed", "error", err)
 }
 
-// pathOf returns a path of the inode nid, or "?".
-func (m *Mount) pathOf(nid uint64) string {
+// pathOf returns a path of the inode nid, or if that is 0 of a file that has
+// its bytes in the object; "?" if there is none.
+func (m *Mount) pathOf(nid uint64, object string) string {
 	found := "?"
 	m.reader.Walk(func(path string, ino erofs.Inode) error {
-		if ino.NID == nid {
-			found = path
-			return errFound
+		if nid == 0 && ino.External() {
+			if payload, _, err := m.reader.Payload(ino); err != nil || payload != object {
+				return nil
+			}
+		} else if ino.NID != nid {
+			return nil
 		}
-		return nil
+		found = path
+		return errFound
 	})
 	return found
 }

@@ -51,12 +51,15 @@ type Status struct {
 	Mountpoint     string          `json:"mountpoint"`
 	ManifestDigest string          `json:"manifest_digest,omitempty"`
 	State          State           `json:"state"`
-	Backend        string          `json:"backend"` // fuse or kernel
-	Files          int             `json:"files"`   // distinct contents
+	Backend        string          `json:"backend"`                  // fuse, hybrid or kernel
+	BackendReason  string          `json:"backend_reason,omitempty"` // why it is fuse or hybrid
+	Files          int             `json:"files"`                    // distinct contents
 	FilesLocal     int             `json:"files_local"`
 	Bytes          int64           `json:"bytes"` // of distinct contents, uncompressed
 	BytesLocal     int64           `json:"bytes_local"`
 	Fetched        map[string]Work `json:"fetched"` // by class of work
+	// FUSERequests is how often the kernel asked this process, by operation.
+	FUSERequests map[string]int64 `json:"fuse_requests,omitempty"`
 	// Verity is what was obtained: "enforced", "not enforced (…)", or "none
 	// yet" before the image is sealed.
 	Verity string `json:"verity"`
@@ -81,6 +84,9 @@ func (m *Mount) Status() Status {
 	if m.contents != nil {
 		p := m.contents.Progress()
 		s.Files, s.FilesLocal, s.Bytes, s.BytesLocal = p.Files, p.FilesLocal, p.Bytes, p.BytesLocal
+	}
+	if m.server != nil {
+		s.FUSERequests = m.server.Requests()
 	}
 	s.Fetched = map[string]Work{}
 	if m.image != nil {

@@ -13,13 +13,21 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
 )
 
-// ours reports whether a mount is one that this program's FUSE made.
-func ours(i kmount.Info) bool { return i.FSType == fusefs.FSType }
+// ours reports whether a mount is one that a process of this program serves,
+// or has served: FUSE, or a hybrid.
+func ours(i kmount.Info) bool { return i.FSType == fusefs.FSType || isHybridMount(i) }
 
-// isDead reports whether err is what a FUSE mount without a server gives:
-// ECONNABORTED if the server went while it was asked.
-func isDead(err error) bool {
-	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED)
+// isDead reports whether the server of a mount that is ours has gone. Of FUSE
+// the kernel knows: statfs(2) always asks the server, where stat(2) is
+// answered from what the kernel remembers. A hybrid answers that by itself, so
+// there the process that the mount's record names is asked for a connection;
+// without a record nothing is known, and the mount counts as alive.
+func isDead(i kmount.Info, path, runtimeDir string) bool {
+	if isHybridMount(i) {
+		return runtimeDir != "" && FilesOf(runtimeDir, path).abandoned()
+	}
+	err := unix.Statfs(path, new(unix.Statfs_t))
+	return errors.Is(err, unix.ENOTCONN) || errors.Is(err, unix.ECONNABORTED) // the latter if it went while it was asked
 }
 
 // sealedMount builds the kernel mount of the sealed image, with fs-verity as
@@ -69,13 +77,13 @@ func (m *Mount) mountSealed(rec sealedRecord) (bool, error) {
 
 func (m *Mount) swapped(verity string) {
 	m.update(func(s *Status) {
-		s.State, s.Backend, s.Verity, s.Note = Swapped, "kernel", verity, ""
+		s.State, s.Backend, s.BackendReason, s.Verity, s.Note = Swapped, "kernel", "", verity, ""
 	})
 }
 
-// swap puts the kernel mount of the sealed image in FUSE's place without an
-// instant at which the mount point is bare: beneath FUSE first, then FUSE is
-// detached. What is open on FUSE stays on it.
+// swap puts the kernel mount of the sealed image in the place of what serves
+// now without an instant at which the mount point is bare: beneath it first,
+// then that is detached. What is open on it stays on it.
 func (m *Mount) swap() error {
 	rec, ok := m.sealedRecord()
 	if !ok {
@@ -90,7 +98,7 @@ func (m *Mount) swap() error {
 	}
 	defer f.Close()
 	if !m.server.IsTop(m.mountpoint) {
-		return hint.Wrap(errors.New("something else is mounted over FUSE"), "unmount it, and mount the image again")
+		return hint.Wrap(errors.New("something else is mounted over it"), "unmount it, and mount the image again")
 	}
 	if err := kmount.AttachBeneath(f, m.mountpoint); err != nil {
 		return hint.Wrap(err, "FUSE goes on serving; the swap needs Linux 6.5 and a mount point that is not the root of a mount namespace")

@@ -48,6 +48,7 @@ const mountExample = `  # look inside an image
 type mountFlags struct {
 	opts             mount.Options
 	swap, verity     string
+	backend          string
 	digest, pull     string
 	fill, foreground bool
 	metricsAddr      string
@@ -71,6 +72,7 @@ func newMount(g *global) *cobra.Command {
 	fl.BoolVar(&f.opts.Source.PlainHTTP, "plain-http", false, "speak HTTP, not HTTPS, to registries")
 	fl.StringVar(&f.opts.Source.HostsDir, "hosts-dir", "/etc/containerd/certs.d", "`folder` of containerd's hosts.toml files")
 	fl.StringVar(&f.pull, "pull", "missing", "ask what a tag stands for if the store does not know it (missing) or always: `policy`")
+	fl.StringVar(&f.backend, "backend", "auto", "`backend` until the swap: fuse, hybrid (the kernel's mount, with FUSE for what is not there yet; root), or auto")
 	fl.StringVar(&f.swap, "swap", "auto", "`policy` of the swap to a kernel mount: auto, never or require")
 	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
 	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
@@ -85,6 +87,7 @@ func newMount(g *global) *cobra.Command {
 // check turns the flags into Options, before anything is touched.
 func (f *mountFlags) check(g *global) error {
 	err := errors.Join(
+		oneOf("backend", f.backend, "auto", "fuse", "hybrid"),
 		oneOf("swap", f.swap, "auto", "never", "require"),
 		oneOf("verity", f.verity, "require", "try", "off"),
 		oneOf("pull", f.pull, "missing", "always"))
@@ -92,6 +95,7 @@ func (f *mountFlags) check(g *global) error {
 		return usageError{err}
 	}
 	f.opts.Swap, f.opts.Verity = mount.Policy(f.swap), mount.Policy(f.verity)
+	f.opts.Backend = mount.Backend(f.backend)
 	f.opts.Refresh, f.opts.NoFill = f.pull == "always", !f.fill
 	if f.digest != "" {
 		if f.opts.Digest, err = toc.ParseDigest("sha256:" + strings.TrimPrefix(f.digest, "sha256:")); err != nil {

@@ -75,13 +75,17 @@ func printStatus(out io.Writer, s mount.Status) error {
 		row("manifest", "%s", s.ManifestDigest)
 	}
 	row("state", "%s", s.State)
+	reason := ""
+	if s.BackendReason != "" {
+		reason = ": " + s.BackendReason
+	}
 	switch {
 	case s.Backend == "kernel":
 		row("backend", "kernel (EROFS + overlayfs)")
 	case s.PID == 0:
-		row("backend", "%s, with no process", s.Backend)
+		row("backend", "%s, with no process%s", s.Backend, reason)
 	default:
-		row("backend", "%s (process %d)", s.Backend, s.PID)
+		row("backend", "%s (process %d)%s", s.Backend, s.PID, reason)
 	}
 	if s.Files > 0 {
 		row("local", "%d of %d files, %s of %s", s.FilesLocal, s.Files, size(s.BytesLocal), size(s.Bytes))
