@@ -71,7 +71,7 @@ func TestMetrics(t *testing.T) {
 		}
 		for _, m := range labels.FindAllStringSubmatch(line, -1) {
 			switch m[1] {
-			case "class", "result", "source", "reason", "state", "le", "method", "mode", "backend":
+			case "class", "result", "source", "reason", "state", "le", "method", "mode", "backend", "operation":
 			default:
 				t.Errorf("label %s: %s", m[1], line)
 			}
@@ -91,6 +91,7 @@ func TestCommands(t *testing.T) {
 	}{
 		{2, []string{"SOURCE"}, []string{"mount"}},
 		{2, []string{"--swap"}, []string{"mount", "--swap", "perhaps", source, point}},
+		{2, []string{"--backend", "hybrid"}, []string{"mount", "--backend", "kernel", source, point}},
 		{2, nil, []string{"wait", "--for", "nothing", point}},
 		{2, nil, []string{"no-such-command"}},
 		{3, []string{point}, []string{"status", point}},
@@ -118,7 +119,7 @@ func TestCommands(t *testing.T) {
 		t.Errorf("status --json of two mounts: %+v, %v", all, err)
 	}
 	text := b.must("status", point)
-	for _, word := range []string{point, source, "sealed", "fuse", "verity", "--swap never"} {
+	for _, word := range []string{point, source, "sealed", "hybrid", "verity", "--swap never"} {
 		if !strings.Contains(text, word) {
 			t.Errorf("status does not say %q:\n%s", word, text)
 		}
@@ -134,7 +135,7 @@ func TestCommands(t *testing.T) {
 	if took := time.Since(start); took > 20*time.Second {
 		t.Errorf("umount of a mount in use took %v", took)
 	}
-	isFuse(t, point)
+	b.isServed(point)
 	if err := f.Close(); err != nil {
 		t.Fatal(err)
 	}

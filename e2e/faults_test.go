@@ -111,8 +111,9 @@ func wrongDigest(t *testing.T, layout string) (w wrong) {
 
 // A chunk with the wrong bytes gives EIO, one line in the log and a metric,
 // and nothing of it is kept; what is beside it is served.
-func TestWrongDigest(t *testing.T) {
-	b := newBench(t)
+func TestWrongDigest(t *testing.T) { eachBackend(t, testWrongDigest) }
+
+func testWrongDigest(t *testing.T, b *bench) {
 	layout, dir := filepath.Join(b.dir, "layout"), filepath.Join(b.dir, "registry")
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
@@ -241,16 +242,17 @@ func scrape(t *testing.T, addr string) string {
 	return string(text)
 }
 
-// Nothing can be changed, on FUSE or on the kernel's mount: EROFS, whatever
+// Nothing can be changed, on FUSE, a hybrid or the kernel's mount: EROFS, whatever
 // is tried, and also where another error would do.
 func TestReadOnly(t *testing.T) {
 	b := newBench(t)
 	source := "oci:" + set.Layout(images.EStargz) + ":" + images.Small
-	fuse := b.mount(source, "--swap", "never")
+	fuse, hybrid := b.mount(source, "--swap", "never", "--backend", fuseBackend), b.mount(source, "--swap", "never")
 	b.waitFor("sealed", fuse)
+	b.waitFor("sealed", hybrid)
 	kernel := b.mount(source)
 	isKernel(t, kernel)
-	for backend, point := range map[string]string{"fuse": fuse, "kernel": kernel} {
+	for backend, point := range map[string]string{"fuse": fuse, "hybrid": hybrid, "kernel": kernel} {
 		file, dir, missing := filepath.Join(point, "d00/f01"), filepath.Join(point, "d01"), filepath.Join(point, "d00/none")
 		for what, try := range map[string]func() error{
 			"open for writing": func() error { _, err := os.OpenFile(file, os.O_WRONLY, 0); return err },
@@ -305,7 +307,7 @@ func TestPlainLayers(t *testing.T) {
 }
 
 // --verity require swaps only to a mount that enforces fs-verity; where the
-// kernel or the filesystem has none, FUSE stays and says why.
+// kernel or the filesystem has none, the first backend stays and says why.
 func TestVerityRequired(t *testing.T) {
 	b := newBench(t)
 	source := "oci:" + set.Layout(images.EStargz) + ":" + images.Small
@@ -321,8 +323,8 @@ func TestVerityRequired(t *testing.T) {
 	point := b.mount(source, "--verity", "require")
 	b.waitFor("sealed", point)
 	b.refused(4, []string{"--verity require", "fs-verity"}, "wait", "--for", "swapped", "--timeout", "30s", point)
-	isFuse(t, point)
-	if s := b.status(point); s.State != "sealed" || s.Backend != "fuse" || !strings.Contains(s.Note, "verity") || s.Verity == "enforced" || s.PID == 0 {
+	b.isServed(point)
+	if s := b.status(point); s.State != "sealed" || s.Backend != b.backend || !strings.Contains(s.Note, "verity") || s.Verity == "enforced" || s.PID == 0 {
 		t.Errorf("status: %+v", s)
 	}
 	if _, err := os.ReadFile(filepath.Join(point, "d00/f01")); err != nil {
@@ -334,7 +336,7 @@ func TestVerityRequired(t *testing.T) {
 	// Sealed already, the same is true from the start, and without the flag
 	// the kernel takes over and says what it does not do.
 	b.mountAt(source, point, "--verity", "require")
-	isFuse(t, point)
+	b.isServed(point)
 	b.refused(4, []string{"--verity require"}, "wait", "--for", "swapped", "--timeout", "30s", point)
 	b.must("umount", point)
 	b.mountAt(source, point)

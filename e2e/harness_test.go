@@ -25,10 +25,28 @@ type bench struct {
 	dir     string // short: sockets have their names below it
 	root    string
 	runtime string
+	backend string // of the mounts to come
 	mounts  int
 }
 
-// newBench makes an empty bench. When the test ends everything mounted below
+// The backends, as --backend names them.
+const (
+	fuseBackend   = "fuse"
+	hybridBackend = "hybrid"
+)
+
+// eachBackend runs a test with each of the backends.
+func eachBackend(t *testing.T, test func(t *testing.T, b *bench)) {
+	for _, backend := range []string{fuseBackend, hybridBackend} {
+		t.Run(backend, func(t *testing.T) {
+			b := newBench(t)
+			b.backend = backend
+			test(t, b)
+		})
+	}
+}
+
+// newBench makes an empty bench, whose mounts are hybrid. When the test ends everything mounted below
 // it is unmounted, which must work by 'cfs-fuse umount'.
 func newBench(t testing.TB) *bench {
 	t.Helper()
@@ -36,7 +54,7 @@ func newBench(t testing.TB) *bench {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := &bench{t: t, dir: dir, root: filepath.Join(dir, "root"), runtime: filepath.Join(dir, "run")}
+	b := &bench{t: t, dir: dir, root: filepath.Join(dir, "root"), runtime: filepath.Join(dir, "run"), backend: hybridBackend}
 	t.Cleanup(b.close)
 	return b
 }
@@ -155,7 +173,8 @@ func (b *bench) point() string {
 	return p
 }
 
-// mount mounts source at a new mount point, from the bench's store.
+// mount mounts source at a new mount point, from the bench's store, with its
+// backend unless the flags name another one.
 func (b *bench) mount(source string, flags ...string) string {
 	b.t.Helper()
 	p := b.point()
@@ -165,21 +184,23 @@ func (b *bench) mount(source string, flags ...string) string {
 
 func (b *bench) mountAt(source, point string, flags ...string) {
 	b.t.Helper()
-	args := append([]string{"mount", "--root", b.root, "--plain-http"}, flags...)
+	args := append([]string{"mount", "--root", b.root, "--plain-http", "--backend", b.backend}, flags...)
 	b.must(append(args, source, point)...)
 }
 
 // A status is what 'cfs-fuse status --json' says.
 type status struct {
-	Source         string `json:"source"`
-	Mountpoint     string `json:"mountpoint"`
-	ManifestDigest string `json:"manifest_digest"`
-	State          string `json:"state"`
-	Backend        string `json:"backend"`
-	Files          int    `json:"files"`
-	FilesLocal     int    `json:"files_local"`
-	Bytes          int64  `json:"bytes"`
-	BytesLocal     int64  `json:"bytes_local"`
+	Source         string           `json:"source"`
+	Mountpoint     string           `json:"mountpoint"`
+	ManifestDigest string           `json:"manifest_digest"`
+	State          string           `json:"state"`
+	Backend        string           `json:"backend"`
+	BackendReason  string           `json:"backend_reason"`
+	FUSERequests   map[string]int64 `json:"fuse_requests"`
+	Files          int              `json:"files"`
+	FilesLocal     int              `json:"files_local"`
+	Bytes          int64            `json:"bytes"`
+	BytesLocal     int64            `json:"bytes_local"`
 	Fetched        map[string]struct {
 		Requests int64 `json:"requests"`
 		Bytes    int64 `json:"bytes"`
@@ -270,17 +291,25 @@ func isKernel(t testing.TB, point string) {
 		t.Errorf("mounted at %s: %+v, want one overlay", point, all)
 	}
 	out, err := exec.Command("findmnt", "--noheadings", "--output", "FSTYPE,SOURCE,OPTIONS", "--mountpoint", point).CombinedOutput()
-	if text := string(out); err != nil || !strings.HasPrefix(text, "overlay") || !strings.Contains(text, "erofs") {
+	if text := string(out); err != nil || !strings.HasPrefix(text, "overlay") || !strings.Contains(text, "sealed.erofs") {
 		t.Errorf("findmnt says %q (%v), want an overlay over EROFS", text, err)
 	}
 }
 
-// isFuse checks that point is served by FUSE.
-func isFuse(t testing.TB, point string) {
-	t.Helper()
-	all := mountOn(t, point)
-	if len(all) != 1 || !strings.HasPrefix(all[0].fstype, "fuse") {
-		t.Errorf("mounted at %s: %+v, want one FUSE mount", point, all)
+// isServed checks that point is served by a process of ours, with the bench's
+// backend.
+func (b *bench) isServed(point string) {
+	b.t.Helper()
+	fstype, source := "fuse.cfs-fuse", ""
+	if b.backend == hybridBackend {
+		fstype, source = "overlay", "/lazy.erofs"
+	}
+	all := mountOn(b.t, point)
+	if len(all) != 1 || all[0].fstype != fstype || !strings.HasSuffix(all[0].source, source) {
+		b.t.Errorf("mounted at %s: %+v, want one mount of the %s backend", point, all, b.backend)
+	}
+	if s := b.status(point); s.Backend != b.backend || s.BackendReason == "" || s.PID == 0 {
+		b.t.Errorf("status of a mount of the %s backend: %+v", b.backend, s)
 	}
 }
 

@@ -108,9 +108,10 @@ func TestProgramsAtOnce(t *testing.T) {
 // The whole life of an image: lazy, complete, sealed, swapped, unmounted, and
 // mounted again with its registry gone.
 func TestWholeLife(t *testing.T) {
-	for _, form := range []string{images.EStargz, images.ZstdChunked} {
-		t.Run(form, func(t *testing.T) {
+	for form, backend := range map[string]string{images.EStargz: hybridBackend, images.ZstdChunked: fuseBackend} {
+		t.Run(form+"/"+backend, func(t *testing.T) {
 			b, k := newBench(t), newLink(t, registry.Addr, wan)
+			b.backend = backend
 			total, err := set.CompressedSize(form, images.Debian)
 			if err != nil {
 				t.Fatal(err)
@@ -122,8 +123,8 @@ func TestWholeLife(t *testing.T) {
 			src := source(k, images.Debian, form)
 			start := time.Now()
 			point := b.mount(src)
-			isFuse(t, point)
-			if s := b.status(point); s.State != "lazy" || s.Backend != "fuse" || s.PID == 0 || s.Source != src || s.Mountpoint != point ||
+			b.isServed(point)
+			if s := b.status(point); s.State != "lazy" || s.Source != src || s.Mountpoint != point ||
 				s.ManifestDigest != desc.Digest.String() || s.Files == 0 || s.BytesLocal >= s.Bytes {
 				t.Errorf("status while lazy: %+v", s)
 			}
@@ -160,11 +161,13 @@ func TestWholeLife(t *testing.T) {
 				t.Errorf("status when mounted again: %+v, want composefs digest %s", after, s.Composefs)
 			}
 			b.must("umount", point)
-			// FUSE needs the registry no more than the kernel does.
-			b.mountAt(src, point, "--swap", "never")
-			isFuse(t, point)
-			sameTree(t, set.Reference(images.Debian), point, treediff.Options{})
-			b.must("umount", point)
+			// The backends need the registry no more than the kernel does.
+			for _, b.backend = range []string{fuseBackend, hybridBackend} {
+				b.mountAt(src, point, "--swap", "never")
+				b.isServed(point)
+				sameTree(t, set.Reference(images.Debian), point, treediff.Options{})
+				b.must("umount", point)
+			}
 			if n := len(k.requests()); n != asked {
 				t.Errorf("%d requests after sealed, want none: %v", n-asked, k.requests()[asked:])
 			}
@@ -178,9 +181,10 @@ const inFlight = 16 << 20
 
 // A process that dies takes with it nothing but what was in flight.
 func TestKilledWhileLazy(t *testing.T) {
-	for _, form := range []string{images.EStargz, images.ZstdChunked} {
-		t.Run(form, func(t *testing.T) {
+	for form, backend := range map[string]string{images.EStargz: hybridBackend, images.ZstdChunked: fuseBackend} {
+		t.Run(form+"/"+backend, func(t *testing.T) {
 			b, k := newBench(t), newLink(t, registry.Addr, wan)
+			b.backend = backend
 			total, err := set.CompressedSize(form, images.Debian)
 			if err != nil {
 				t.Fatal(err)
@@ -216,9 +220,11 @@ func TestKilledWhileLazy(t *testing.T) {
 
 // Ctrl-C ends a program that reads what a stalled registry does not give, at
 // once; the same read succeeds when the registry is back.
-func TestInterruptedRead(t *testing.T) {
+func TestInterruptedRead(t *testing.T) { eachBackend(t, testInterruptedRead) }
+
+func testInterruptedRead(t *testing.T, b *bench) {
 	const file = "usr/bin/perl"
-	b, k := newBench(t), newLink(t, registry.Addr, wan)
+	k := newLink(t, registry.Addr, wan)
 	point := b.mount(source(k, images.Debian, images.EStargz), "--fill=false")
 	want, err := os.ReadFile(filepath.Join(set.Reference(images.Debian), file))
 	if err != nil {

@@ -3,14 +3,15 @@ package e2e
 import (
 	"fmt"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/e2e/images"
 )
 
-// Swaps under load: four processes use a mount while it goes from FUSE to the
-// kernel, three by path and one through what it holds open. No operation may
+// Swaps under load: four processes use a mount while it goes from FUSE, or
+// from a hybrid, to the kernel, three by path and one through what it holds open. No operation may
 // fail or give something else, and FUSE's process leaves with the last file.
 func TestSwapUnderLoad(t *testing.T) {
 	swaps := 50
@@ -23,16 +24,19 @@ func TestSwapUnderLoad(t *testing.T) {
 	// Complete either because the workers read everything, or because the
 	// background fill gets there while they wait for some of it.
 	sources := []struct {
-		source string
-		flags  []string
+		source, backend string
+		flags           []string
 	}{
-		{"oci:" + set.Layout(images.EStargz) + ":" + images.Small, []string{"--fill=false"}},
-		{source(slow, images.Small, images.ZstdChunked), nil},
+		{"oci:" + set.Layout(images.EStargz) + ":" + images.Small, fuseBackend, []string{"--fill=false"}},
+		{source(slow, images.Small, images.ZstdChunked), hybridBackend, nil},
+		{source(slow, images.Small, images.ZstdChunked), fuseBackend, nil},
+		{"oci:" + set.Layout(images.EStargz) + ":" + images.Small, hybridBackend, []string{"--fill=false"}},
 	}
 	ops := map[string]int{}
 	for i := range swaps {
 		from := sources[i%len(sources)]
 		b.root = filepath.Join(b.dir, fmt.Sprintf("root%d", i))
+		b.backend = from.backend
 		point := b.mount(from.source, append([]string{"--swap", "require"}, from.flags...)...)
 		var workers []*running
 		for _, kind := range []string{loadWorker, loadWorker, loadWorker, holdWorker} {
@@ -46,7 +50,7 @@ func TestSwapUnderLoad(t *testing.T) {
 		// Not by 'wait': it gives the process a while to leave, and here it must stay.
 		eventually(t, time.Minute, "swapped under load", func() bool { return b.status(point).State == "swapped" })
 		time.Sleep(100 * time.Millisecond) // of use on the kernel's mount
-		if all := mountOn(t, point); len(all) != 1 || all[0].fstype != "overlay" {
+		if all := mountOn(t, point); len(all) != 1 || all[0].fstype != "overlay" || !strings.HasSuffix(all[0].source, "/sealed.erofs") {
 			t.Errorf("swap %d: mounted: %+v", i, all)
 		}
 		if pids := processesOf(t, point); len(pids) != 1 {

@@ -10,8 +10,8 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/internal/treediff"
 )
 
-// Every kind of source, in every form, shows through FUSE and through the
-// kernel the tree that umoci unpacks, in everything treediff compares.
+// Every kind of source, in every form, shows through each backend and through
+// the kernel the tree that umoci unpacks, in everything treediff compares.
 func TestTrees(t *testing.T) {
 	small, desc, err := set.Manifest(images.EStargz, images.Small)
 	if err != nil || len(small.Layers) != 1 {
@@ -41,18 +41,21 @@ func TestTrees(t *testing.T) {
 		t.Run(c.name, func(t *testing.T) {
 			b := newBench(t)
 			source, reference := c.source(t), set.Reference(c.image)
-			point := b.mount(source, "--swap", "never")
-			isFuse(t, point)
-			sameTree(t, reference, point, treediff.Options{}) // while bytes arrive
-			b.waitFor("sealed", point)
-			sameTree(t, reference, point, treediff.Options{})
-			if s := b.status(point); s.State != "sealed" || s.Backend != "fuse" || s.FilesLocal != s.Files || s.BytesLocal != s.Bytes || s.Files == 0 {
-				t.Errorf("status of a sealed FUSE mount: %+v", s)
+			for _, b.backend = range []string{fuseBackend, hybridBackend} {
+				b.root = filepath.Join(b.dir, "root-"+b.backend)
+				point := b.mount(source, "--swap", "never")
+				b.isServed(point)
+				sameTree(t, reference, point, treediff.Options{}) // while bytes arrive
+				b.waitFor("sealed", point)
+				b.isServed(point)
+				sameTree(t, reference, point, treediff.Options{})
+				if s := b.status(point); s.State != "sealed" || s.FilesLocal != s.Files || s.BytesLocal != s.Bytes || s.Files == 0 {
+					t.Errorf("status of a sealed mount of the %s backend: %+v", b.backend, s)
+				}
+				b.must("umount", point)
+				noProcess(t, point)
 			}
-			b.must("umount", point)
-			noProcess(t, point)
-
-			point = b.mount(source)
+			point := b.mount(source)
 			isKernel(t, point)
 			sameTree(t, reference, point, treediff.Options{})
 			b.must("umount", point)
@@ -99,8 +102,9 @@ func TestComposefsSource(t *testing.T) {
 	if err != nil || len(sealed) != 1 {
 		t.Fatalf("sealed images: %q, %v", sealed, err)
 	}
+	b.backend = fuseBackend
 	point = b.mount("composefs:"+sealed[0], "--objects", filepath.Join(b.root, "objects"))
-	isFuse(t, point)
+	b.isServed(point)
 	sameTree(t, set.Reference(images.Odd), point, treediff.Options{})
 	b.must("umount", point)
 	noProcess(t, point)
