@@ -13,7 +13,7 @@ APT       := btrfs-progs debian-archive-keyring debootstrap docker-registry erof
 DESTDIR   ?=
 PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
-TOOLS     := mkcomposefs composefs-info composefs-dump
+TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
 .PHONY: all build install demo test check unit race e2e fuzz bench deps clean help
 

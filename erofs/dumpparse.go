@@ -28,6 +28,10 @@ const (
 	dumpFields   = 11
 	maxDumpLine  = 16 << 20 // bytes; only a path tens of thousands of folders deep comes near
 	maxXattrText = 65535    // bytes of the xattrs of a line
+
+	// maxDumpMode is the highest MODE. The C parser keeps 32 bits and its writer
+	// stores 16; one of its own golden dumps has more, so this is no defect.
+	maxDumpMode = math.MaxUint32
 )
 
 // ParseDump reads a tree from composefs-dump(5) text, section 3 of the format
@@ -37,13 +41,34 @@ const (
 // with a *DumpError. Children are in byte order in the result, and links
 // lead to nodes that are no links. A nil error promises a tree that Write
 // takes, save for what only the choice of a version brings to light.
-func ParseDump(r io.Reader) (*Node, error) { return parseDump(r, false) }
+func ParseDump(r io.Reader) (*Node, error) {
+	d, err := ReadDump(r, false)
+	if err != nil {
+		return nil, err
+	}
+	return d.Root, nil
+}
 
-// ParseDumpStrict is ParseDump with what the C tools ask for when
-// CFS_PARSE_STRICT is set: RDEV is 0 on all but devices, a symbolic link's
-// SIZE is the length of its target and its CONTENT "-", and the last line ends
-// with a newline.
-func ParseDumpStrict(r io.Reader) (*Node, error) { return parseDump(r, true) }
+// A Dump is a tree that knows the lines it was read from.
+type Dump struct {
+	Root  *Node
+	slabs [][]Node // the nodes in the order of the lines
+}
+
+// Line returns the number of the line, counted from 1, that n was read from, or
+// 0 if it is not of this dump. It looks through all nodes.
+func (d *Dump) Line(n *Node) int {
+	line := 0
+	for _, slab := range d.slabs {
+		for i := range slab {
+			line++
+			if &slab[i] == n {
+				return line
+			}
+		}
+	}
+	return 0
+}
 
 type dumpParser struct {
 	strict bool
@@ -60,7 +85,8 @@ type dumpParser struct {
 	loose map[*Node]map[string]*Node
 
 	links []dumpLink
-	nodes []Node // the rest of a slab
+	nodes []Node   // the rest of the last slab
+	slabs [][]Node // a node for each line
 }
 
 type openDir struct {
@@ -74,7 +100,11 @@ type dumpLink struct {
 	line   int
 }
 
-func parseDump(r io.Reader, strict bool) (*Node, error) {
+// ReadDump is ParseDump for who wants to know lines afterwards. strict asks for
+// what the C tools ask for when CFS_PARSE_STRICT is set: RDEV is 0 on all but
+// devices, a symbolic link's SIZE is the length of its target and its CONTENT
+// "-", and the last line ends with a newline.
+func ReadDump(r io.Reader, strict bool) (*Dump, error) {
 	p := &dumpParser{strict: strict, loose: map[*Node]map[string]*Node{}}
 	in := bufio.NewReaderSize(r, 64<<10)
 	var long []byte
@@ -120,7 +150,7 @@ func parseDump(r io.Reader, strict bool) (*Node, error) {
 	if err := p.resolveLinks(); err != nil {
 		return nil, err
 	}
-	return p.root, nil
+	return &Dump{p.root, p.slabs}, nil
 }
 
 // fields are the text of a line's fixed fields; a missing one is empty.
@@ -197,6 +227,7 @@ func (p *dumpParser) entry(line []byte) error {
 func (p *dumpParser) newNode() *Node {
 	if len(p.nodes) == 0 {
 		p.nodes = make([]Node, min(max(p.line, 8), 256))
+		p.slabs = append(p.slabs, p.nodes)
 	}
 	n := &p.nodes[0]
 	p.nodes = p.nodes[1:]
@@ -300,7 +331,7 @@ func (p *dumpParser) insert(dir, n *Node) {
 // link takes a line whose MODE begins with "@": of the fields only PATH, MODE
 // and PAYLOAD count.
 func (p *dumpParser) link(n *Node, mode, payload []byte) error {
-	m, err := parseUint(mode, 8, math.MaxUint16)
+	m, err := parseUint(mode, 8, maxDumpMode)
 	if err != nil {
 		return fmt.Errorf("MODE: %w", err)
 	}
@@ -333,7 +364,7 @@ func (p *dumpParser) fill(n *Node, f *fields, xattrs []byte) error {
 		return v
 	}
 	n.Size = number(fSize, 10, math.MaxUint64)
-	n.Mode = uint32(number(fMode, 8, math.MaxUint16))
+	n.Mode = uint32(number(fMode, 8, maxDumpMode)) & math.MaxUint16
 	n.Nlink = uint32(number(fNlink, 10, math.MaxUint32))
 	n.UID = uint32(number(fUID, 10, math.MaxUint32))
 	n.GID = uint32(number(fGID, 10, math.MaxUint32))
@@ -381,7 +412,15 @@ func (p *dumpParser) data(n *Node, typ uint8, f *fields) error {
 			return fmt.Errorf("CONTENT: %w", err)
 		}
 	}
+	digest := f[fDigest]
+	if string(digest) != "-" {
+		if digest, err = unescapeName(digest); err != nil {
+			return fmt.Errorf("DIGEST: %w", err)
+		}
+	}
 	switch {
+	case hasContent && uint64(len(content)) != n.Size:
+		return fmt.Errorf("CONTENT: %d bytes, but SIZE is %d", len(content), n.Size)
 	case typ == TypeSymlink:
 		if len(payload) == 0 {
 			return errors.New("PAYLOAD: a symbolic link needs a target")
@@ -391,8 +430,6 @@ func (p *dumpParser) data(n *Node, typ uint8, f *fields) error {
 		}
 		n.Target = string(payload)
 		return nil
-	case hasContent && uint64(len(content)) != n.Size:
-		return fmt.Errorf("CONTENT: %d bytes, but SIZE is %d", len(content), n.Size)
 	case len(content) > MaxInline:
 		return fmt.Errorf("CONTENT: %d bytes, at most %d fit into an image", len(content), MaxInline)
 	case typ == TypeDir:
@@ -412,12 +449,12 @@ func (p *dumpParser) data(n *Node, typ uint8, f *fields) error {
 	if _, chunks := chunking(n.Size); chunks > maxChunks {
 		return fmt.Errorf("SIZE: %d is above the format's limit of 8 PiB", n.Size)
 	}
-	if d := f[fDigest]; string(d) != "-" {
-		if len(d) != 64 && len(d) != 128 {
-			return fmt.Errorf("DIGEST: %d characters, want 64 or 128", len(d))
+	if string(f[fDigest]) != "-" {
+		if len(digest) != 64 && len(digest) != 128 {
+			return fmt.Errorf("DIGEST: %d characters, want 64 or 128", len(digest))
 		}
-		n.Digest = make([]byte, len(d)/2)
-		if _, err := hex.Decode(n.Digest, d); err != nil {
+		n.Digest = make([]byte, len(digest)/2)
+		if _, err := hex.Decode(n.Digest, digest); err != nil {
 			return fmt.Errorf("DIGEST: %w", err)
 		}
 	}

@@ -43,7 +43,8 @@ const (
 
 	maxXattrName  = 255
 	maxXattrValue = 65535
-	maxXattrs     = 32767 // bytes of xattrs of one node, as xattrCost counts them
+	maxXattrs     = 32767 // bytes of xattrs an author may give a node, as xattrCost counts them
+	maxLoadXattrs = 65535 // the same of a node that is read back
 )
 
 // The overlayfs xattrs that composefs uses (format document 2.5).

@@ -41,6 +41,9 @@ func FuzzParseDump(f *testing.F) {
 			t.Fatal(err)
 		}
 		again, err := ParseDump(&out)
+		if err != nil && strings.Contains(err.Error(), "xattrs of more than") {
+			return // with the marks of Write they are too many for a dump
+		}
 		if err != nil {
 			t.Fatal(err)
 		}

@@ -1,6 +1,7 @@
 package erofs
 
 import (
+	"errors"
 	"fmt"
 	"math"
 	"math/bits"
@@ -30,10 +31,10 @@ func (b *builder) layout() error {
 		ino.block = uint32(blocks)
 		blocks += uint64(ino.blocks)
 		if blocks > math.MaxUint32 {
-			return fmt.Errorf("%s: more than 2^32 data blocks", b.path(uint32(i)))
+			return b.fault(uint32(i), errors.New("more than 2^32 data blocks"))
 		}
 		if ino.xattr > 0 && (ino.xattr-xattrHeaderSize)/4+1 > math.MaxUint16 {
-			return fmt.Errorf("%s: more than 256 KiB of xattrs", b.path(uint32(i)))
+			return b.fault(uint32(i), errors.New("more than 256 KiB of xattrs"))
 		}
 	}
 	b.inodesEnd = roundUp(pos, slotSize)

@@ -48,7 +48,10 @@ func (r *Reader) loadNode(name string, i *Inode, cache xattrCache) (n Node, ok b
 	n = Node{Name: name, Mode: i.Mode, UID: i.UID, GID: i.GID, Nlink: i.Nlink, Rdev: i.Rdev,
 		Size: uint64(i.Size), MtimeSec: i.MtimeSec, MtimeNsec: i.MtimeNsec}
 	if i.IsWhiteout() {
-		return n, false, nil
+		if i.Nlink > 1 {
+			err = &CorruptError{NID: i.NID, Offset: i.xattrOff, What: fmt.Sprintf("a whiteout with a link count of %d", i.Nlink)}
+		}
+		return n, false, err
 	}
 	total := uint64(xattrHeaderSize)
 	err = r.eachXattr(i, func(x storedXattr) bool {
@@ -63,7 +66,7 @@ func (r *Reader) loadNode(name string, i *Inode, cache xattrCache) (n Node, ok b
 			n.Mode = n.Mode&^modeType | modeChar
 		case stored == whiteoutXattr, stored == whiteoutUser, stored == whiteoutsXattr, stored == whiteoutsUser, !shown:
 		default:
-			if total += xattrCost(visible, x.value); total > maxXattrs {
+			if total += xattrCost(visible, x.value); total > maxLoadXattrs {
 				return false
 			}
 			v, known := cache[x.pos]
@@ -79,8 +82,8 @@ func (r *Reader) loadNode(name string, i *Inode, cache xattrCache) (n Node, ok b
 	})
 	switch {
 	case err != nil:
-	case total > maxXattrs:
-		err = &CorruptError{NID: i.NID, Offset: i.xattrOff, What: fmt.Sprintf("xattrs of more than %d bytes", maxXattrs)}
+	case total > maxLoadXattrs:
+		err = &CorruptError{NID: i.NID, Offset: i.xattrOff, What: fmt.Sprintf("xattrs of more than %d bytes", maxLoadXattrs)}
 	case i.IsSymlink():
 		n.Target, err = r.Readlink(*i)
 	case n.Mode&modeType == modeRegular && i.Size > 0 && !i.external:

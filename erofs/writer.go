@@ -32,6 +32,19 @@ type Options struct {
 	Warn func(path, what string)
 }
 
+// A NodeError says which node of a tree the format cannot hold, and why.
+type NodeError struct {
+	Path string
+	Node *Node
+	Err  error
+}
+
+// Error names the path.
+func (e *NodeError) Error() string { return e.Path + ": " + e.Err.Error() }
+
+// Unwrap returns what is wrong.
+func (e *NodeError) Unwrap() error { return e.Err }
+
 // Write writes the composefs image of the tree to w, from its first byte to
 // its last in order, in large writes. The bytes depend on nothing but the tree
 // (not on the order of Children or Xattrs) and are those that mkcomposefs
@@ -39,7 +52,7 @@ type Options struct {
 //
 // The tree is neither changed nor kept. It must be a tree: a node that is its
 // own descendant makes Write run for ever. Of a tree outside the limits of the
-// format nothing is written, and the error names the path of the node. Beside
+// format nothing is written, and the error wraps a *NodeError. Beside
 // the tree Write needs about 130 bytes of memory an entry.
 func Write(w io.Writer, root *Node, o Options) error {
 	b := &builder{options: o}
@@ -240,7 +253,7 @@ func (b *builder) order(i uint32) error {
 	children := dir.Children
 	for _, n := range children {
 		if err := checkName(n.Name); err != nil {
-			return fmt.Errorf("%s: %w", b.pathOf(i, n.Name), err)
+			return &NodeError{b.pathOf(i, n.Name), n, err}
 		}
 	}
 	if i == 0 {
@@ -255,7 +268,7 @@ func (b *builder) order(i uint32) error {
 	}
 	for k := 1; k < len(children); k++ {
 		if children[k].Name == children[k-1].Name {
-			return fmt.Errorf("%s: two entries of this name", b.pathOf(i, children[k].Name))
+			return &NodeError{b.pathOf(i, children[k].Name), children[k], errors.New("two entries of this name")}
 		}
 	}
 	if i == 0 {
@@ -316,7 +329,7 @@ func (b *builder) add(n *Node, parent uint32) error {
 	}
 	b.inodes = append(b.inodes, ino)
 	if err := b.check(&ino); err != nil {
-		return fmt.Errorf("%s: %w", b.path(uint32(len(b.inodes)-1)), err)
+		return b.fault(uint32(len(b.inodes)-1), err)
 	}
 	if len(b.inodes) == 1 || n.MtimeSec < b.buildSec || n.MtimeSec == b.buildSec && n.MtimeNsec < b.buildNsec {
 		b.buildSec, b.buildNsec = n.MtimeSec, n.MtimeNsec
@@ -391,10 +404,15 @@ func (b *builder) checkLinks() error {
 			default:
 				continue
 			}
-			return fmt.Errorf("%s: a hard link to %s", b.pathOf(uint32(i), n.Name), what)
+			return &NodeError{b.pathOf(uint32(i), n.Name), n, errors.New("a hard link to " + what)}
 		}
 	}
 	return nil
+}
+
+// fault returns err as one of the node of inode i.
+func (b *builder) fault(i uint32, err error) error {
+	return &NodeError{b.path(i), b.inodes[i].node, err}
 }
 
 // path returns the path of inode i for messages.

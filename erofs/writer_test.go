@@ -55,11 +55,11 @@ func TestRoundTrip(t *testing.T) {
 				if err := WriteDump(&dump, r); err != nil {
 					t.Fatal(err)
 				}
-				parsed, err := ParseDumpStrict(&dump)
+				parsed, err := ReadDump(&dump, true)
 				if err != nil {
 					t.Fatal(err)
 				}
-				sameTree(t, parsed, back)
+				sameTree(t, parsed.Root, back)
 			})
 		}
 	}

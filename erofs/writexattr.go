@@ -118,7 +118,9 @@ func (b *builder) checkXattrs(i uint32, stored []Xattr) error {
 			ino.flags&flagHasWhiteout != 0 && b.version >= 1 && b.options.Warn != nil:
 			b.options.Warn(b.path(i), "the directory is opaque and has a whiteout in it; the format keeps only the whiteout")
 		}
-		total += xattrCost(x.Name, x.Value)
+		if !b.marks(ino, x) {
+			total += xattrCost(x.Name, x.Value)
+		}
 	}
 	if total > maxXattrs {
 		return fmt.Errorf("xattrs of %d bytes, at most %d are allowed", total, maxXattrs)
@@ -129,6 +131,13 @@ func (b *builder) checkXattrs(i uint32, stored []Xattr) error {
 		}
 	}
 	return nil
+}
+
+// marks reports whether Write sets x on the inode anyhow: a tree that was read
+// back from an image has it too, on top of what its author was allowed.
+func (b *builder) marks(ino *inode, x Xattr) bool {
+	return ino.flags&flagHasWhiteout != 0 && b.version >= 1 && string(x.Value) == "x" &&
+		(x.Name == nestedUser || StoredXattr(x.Name) == nestedOpaque)
 }
 
 // entrySize returns the bytes that an xattr takes in an inode or in the table.
@@ -152,7 +161,7 @@ func (b *builder) shareXattrs() error {
 			err = b.checkXattrs(uint32(i), list)
 		}
 		if err != nil {
-			return fmt.Errorf("%s: %w", b.path(uint32(i)), err)
+			return b.fault(uint32(i), err)
 		}
 		if len(list) > 0 {
 			ino.xattr = xattrHeaderSize

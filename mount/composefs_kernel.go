@@ -22,8 +22,9 @@ type ComposefsOptions struct {
 	// Basedirs are the folders of objects, in the order in which an object is
 	// looked for. At least one.
 	Basedirs []string
-	// Digest, if not nil, is the fs-verity SHA-256 digest that the image must
-	// have, and the kernel must vouch for; it implies Verity Require.
+	// Digest, if not nil, is the fs-verity digest (32 bytes of SHA-256 or 64 of
+	// SHA-512) that the image must have, and the kernel must vouch for; it
+	// implies Verity Require.
 	Digest []byte
 	// Verity is Require: every file needs a digest in the image that its object
 	// has, enforced by the kernel at each open; Try: the same if the kernel and
@@ -123,22 +124,32 @@ func absolute(path string) (string, error) {
 
 // checkImage has the kernel tell the image's fs-verity digest. A digest that
 // was computed here would say nothing of what the image holds a moment later.
+// Scripts look for "Image has no fs-verity" and "Image has wrong fs-verity",
+// the words of the composefs project's tool.
 func checkImage(image *os.File, want []byte) error {
 	alg, got, err := verity.Measure(image)
 	if err == nil {
-		if alg != verity.SHA256 {
-			return fmt.Errorf("%s: its fs-verity digest is a %v one, want sha256", image.Name(), alg)
+		if alg.Size() != len(want) {
+			return fmt.Errorf("%s: Image has wrong fs-verity: its digest is a %v one of %d bytes, want %d bytes", image.Name(), alg, alg.Size(), len(want))
 		}
-		return verity.Compare(image.Name(), verity.SHA256, want, got)
+		if err := verity.Compare(image.Name(), alg, want, got); err != nil {
+			return fmt.Errorf("%s: Image has wrong fs-verity: %w", image.Name(), err)
+		}
+		return nil
 	}
-	computed, cerr := verity.Digest(image, verity.SHA256)
+	none := fmt.Errorf("%s: Image has no fs-verity: %w", image.Name(), err)
+	alg = verity.SHA256
+	if len(want) == verity.SHA512.Size() {
+		alg = verity.SHA512
+	}
+	computed, cerr := verity.Digest(image, alg)
 	if cerr != nil {
-		return fmt.Errorf("%s: %w", image.Name(), cerr)
+		return errors.Join(none, cerr)
 	}
-	if cerr := verity.Compare(image.Name(), verity.SHA256, want, computed); cerr != nil {
-		return cerr
+	if cerr := verity.Compare(image.Name(), alg, want, computed); cerr != nil {
+		return errors.Join(none, cerr)
 	}
-	return hint.Wrap(fmt.Errorf("%s has the digest, but nothing keeps it so: %w", image.Name(), err),
+	return hint.Wrap(fmt.Errorf("%w; it has the digest, but nothing keeps it so", none),
 		"enable fs-verity on the image (fsverity enable)")
 }
 

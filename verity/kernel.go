@@ -67,15 +67,18 @@ func ioctl(op string, f *os.File, request uint, arg unsafe.Pointer) error {
 	return nil
 }
 
-// Enable makes f a verity file: SHA-256, 4096-byte blocks, no salt, no
-// signature, as composefs object stores have it. f must be open for reading
-// only, and nobody may have the file open for writing (ETXTBSY). A nil error
+// Enable is EnableWith for SHA-256, which composefs object stores have.
+func Enable(f *os.File) error { return EnableWith(f, SHA256) }
+
+// EnableWith makes f a verity file: hashed by alg, 4096-byte blocks, no salt,
+// no signature. f must be open for reading only, and nobody may have the file
+// open for writing (ETXTBSY). A nil error
 // promises that the file can no longer be changed and that the kernel checks
 // what is read from it; that it was enabled before, perhaps with other
 // parameters, is no error, so ask Measure for the digest. Where the kernel
 // cannot do it the error is a *NotSupportedError.
-func Enable(f *os.File) error {
-	arg := unix.FsverityEnableArg{Version: 1, Hash_algorithm: uint32(SHA256), Block_size: BlockSize}
+func EnableWith(f *os.File, alg Algorithm) error {
+	arg := unix.FsverityEnableArg{Version: 1, Hash_algorithm: uint32(alg), Block_size: BlockSize}
 	for try := 0; ; try++ {
 		err := ioctl("enable", f, unix.FS_IOC_ENABLE_VERITY, unsafe.Pointer(&arg))
 		switch {

@@ -18,8 +18,9 @@ this for 'mount -t composefs'.
 
 The options of -o, with a backslash before a comma that belongs to one:
   basedir=DIR[:DIR...]  the folders of objects; mandatory
-  digest=HEX            the fs-verity digest that the image must have, with
-                        fs-verity enabled on it; implies verity
+  digest=HEX            the fs-verity digest (SHA-256, or SHA-512 of 128 digits)
+                        that the image must have, with fs-verity enabled on it;
+                        implies verity
   verity                every file has a digest, and the kernel enforces it
   tryverity             the same, if the kernel and the filesystem can
   idmap=FILE            map user and group IDs by this user namespace, as
@@ -83,8 +84,8 @@ func parseMountOptions(s string) (o mount.ComposefsOptions, err error) {
 		case "basedir":
 			o.Basedirs = strings.FieldsFunc(value, func(c rune) bool { return c == ':' })
 		case "digest":
-			if o.Digest, err = hex.DecodeString(value); err != nil || len(o.Digest) != 32 {
-				return o, fmt.Errorf("digest=%.80s: want 64 hexadecimal digits", value)
+			if o.Digest, err = hex.DecodeString(value); err != nil || len(o.Digest) != 32 && len(o.Digest) != 64 {
+				return o, fmt.Errorf("digest=%.80s: want 64 hexadecimal digits, or 128 of SHA-512", value)
 			}
 		case "idmap":
 			o.IDMap = value

@@ -48,7 +48,7 @@ func newProgram(t *testing.T) *program {
 		t.Fatal(err)
 	}
 	p := &program{t: t, bin: t.TempDir(), dir: t.TempDir()}
-	for _, name := range []string{"cfs-fuse", "mkcomposefs", "composefs-info", "composefs-dump", "mount.composefs"} {
+	for _, name := range []string{"cfs-fuse", "mkcomposefs", "composefs-info", "composefs-dump", "composefs-fuse", "mount.composefs"} {
 		if err := os.Symlink(exe, filepath.Join(p.bin, name)); err != nil {
 			t.Fatal(err)
 		}
@@ -286,29 +286,29 @@ func TestCommandLines(t *testing.T) {
 		1 | mkcomposefs --min-version=2 tree a                | format version 2: want 0 to 1
 		1 | mkcomposefs --max-version=-1 tree a               | format version -1
 		1 | mkcomposefs --threads=0 tree a                    | --threads 0
-		1 | mkcomposefs absent a                              | no such file or directory
+		1 | mkcomposefs absent a                              | No such file or directory
 		1 | mkcomposefs dump a                                | add --from-file if it is a dump
 		1 | mkcomposefs tree absent/a                         | absent
 		1 | mkcomposefs --digest-store=dump tree a            | store of objects
 		1 | mkcomposefs --from-file dump keep                 | dump line 3
-		1 | mkcomposefs --from-file absent a                  | no such file
+		1 | mkcomposefs --from-file absent a                  | No such file
 		1 | composefs-info                                    | COMMAND is missing
 		1 | composefs-info ls                                 | FILE is missing
 		1 | composefs-info sing image                         | unknown command "sing"
-		1 | composefs-info ls absent                          | no such file
+		1 | composefs-info ls absent                          | No such file
 		1 | composefs-info ls noise                           | noise: 
 		1 | composefs-info --filter=a/b ls image              | --filter a/b
 		1 | composefs-info missing-objects image              | add --basedir=DIR
 		1 | composefs-info --basedir=absent missing-objects image | folder of objects
-		1 | composefs-info measure-file absent                | no such file
+		1 | composefs-info measure-file absent                | No such file
 		1 | composefs-dump image                              | IMAGE is missing
 		1 | composefs-dump noise a                            | noise: 
 		1 | mount.composefs image mnt                         | no folder of objects (hint: add -o basedir=DIR)
 		1 | mount.composefs -o basedir=tree image             | MOUNTPOINT is missing
 		1 | mount.composefs -t ext4 -o basedir=. image mnt    | want composefs
 		1 | mount.composefs -o basedir=.,sunny image mnt      | unknown option "sunny"
-		1 | mount.composefs -o basedir=. absent mnt           | no such file
-		1 | mount.composefs -o basedir=. image absent         | no such file
+		1 | mount.composefs -o basedir=. absent mnt           | No such file
+		1 | mount.composefs -o basedir=. image absent         | No such file
 		1 | mount.composefs -o basedir=. noise tree           | noise: 
 		0 | mount.composefs -f -o basedir=. image mnt         |
 		2 | cfs-fuse erofs create tree                        | IMAGE is missing (hint: see 'cfs-fuse erofs create --help')

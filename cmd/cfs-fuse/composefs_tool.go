@@ -2,12 +2,15 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"github.com/spf13/pflag"
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
@@ -26,9 +29,17 @@ func newTool(arg0 string) *cobra.Command {
 		tool = newComposefsDump()
 	case "mount.composefs":
 		tool = newComposefsMount()
+	case "composefs-fuse":
+		tool = newComposefsFuse()
 	default:
 		return nil
 	}
+	return asTool(tool)
+}
+
+// asTool makes a command behave as the composefs project's tools do.
+func asTool(tool *cobra.Command) *cobra.Command {
+	abbreviate(tool.Flags())
 	tool.SilenceErrors, tool.SilenceUsage = true, true
 	tool.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	return tool
@@ -46,12 +57,54 @@ func runTool(ctx context.Context, tool *cobra.Command, args []string) int {
 	if advice == "" && exitCode(err) == exitUsage {
 		advice = fmt.Sprintf("see '%s --help'", tool.Name())
 	}
-	line := tool.Name() + ": " + oneLine(err.Error())
+	line := tool.Name() + ": " + oneLine(capitalErrno(err))
 	if advice != "" {
 		line += " (hint: " + oneLine(advice) + ")"
 	}
 	fmt.Fprintln(os.Stderr, line)
 	return exitFailed
+}
+
+// abbreviate lets flags be called by any beginning of their name that no other
+// flag has, as getopt_long(3) does for the tools of these names.
+func abbreviate(flags *pflag.FlagSet) {
+	names := []string{"help"} // cobra adds it later
+	flags.VisitAll(func(f *pflag.Flag) { names = append(names, f.Name) })
+	flags.SetNormalizeFunc(func(_ *pflag.FlagSet, name string) pflag.NormalizedName {
+		full := ""
+		for _, n := range names {
+			switch {
+			case n == name:
+				return pflag.NormalizedName(n)
+			case !strings.HasPrefix(n, name):
+			case full != "":
+				return pflag.NormalizedName(name)
+			default:
+				full = n
+			}
+		}
+		if full == "" {
+			full = name
+		}
+		return pflag.NormalizedName(full)
+	})
+}
+
+// capitalErrno returns the text of err with the kernel's reason in it as
+// strerror(3) has it, "Permission denied": scripts look for these words in what
+// the tools of these names print.
+func capitalErrno(err error) string {
+	text := err.Error()
+	errno, ok := errors.AsType[unix.Errno](err)
+	if !ok {
+		return text
+	}
+	reason := errno.Error()
+	k := strings.LastIndex(text, reason)
+	if k < 0 || reason == "" {
+		return text
+	}
+	return text[:k] + strings.ToUpper(reason[:1]) + text[k+1:]
 }
 
 // usage makes err one of the command line, and keeps its advice.

@@ -7,6 +7,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -26,6 +27,9 @@ func main() {
 func call(ctx context.Context, name string, args []string) int {
 	if tool := newTool(name); tool != nil {
 		return runTool(ctx, tool, args)
+	}
+	if len(args) > 0 && strings.HasPrefix(args[0], "-o") { // cfs-fuse -o source=IMAGE,basedir=DIR MOUNTPOINT
+		return runTool(ctx, asTool(newComposefsFuse()), args)
 	}
 	return run(ctx, args)
 }

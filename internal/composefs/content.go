@@ -21,7 +21,7 @@ type contentReader struct {
 }
 
 func newContentReader(s *scanner) *contentReader {
-	return &contentReader{s, verity.New(verity.SHA256), make([]byte, 64*verity.BlockSize)}
+	return &contentReader{s, verity.New(s.options.algorithm()), make([]byte, 64*verity.BlockSize)}
 }
 
 // fill reads the file of j.
@@ -85,8 +85,12 @@ func (r *contentReader) external(j job, f *os.File) error {
 
 // digest reads the file to its end, which must be at size.
 func (r *contentReader) digest(f *os.File, size int64) ([]byte, error) {
-	if size >= minParallel && size <= maxParallel {
-		return largeDigest(f, size, verity.SHA256, r.s.threads)
+	if size >= largeFile {
+		digest, err := verity.DigestAt(f, size, r.s.options.algorithm(), r.s.threads)
+		if errors.Is(err, io.ErrUnexpectedEOF) {
+			err = errChanged
+		}
+		return digest, err
 	}
 	r.hash.Reset()
 	if _, err := io.CopyBuffer(r.hash, struct{ io.Reader }{f}, r.buf); err != nil {
@@ -97,6 +101,10 @@ func (r *contentReader) digest(f *os.File, size int64) ([]byte, error) {
 	}
 	return r.hash.Sum(), nil
 }
+
+// largeFile is the size in bytes from which on a file is left to
+// verity.DigestAt: smaller ones are hashed without an allocation.
+const largeFile = 32 << 20
 
 // payload returns the path of an object below its store.
 func payload(digest []byte) string {

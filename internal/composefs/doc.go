@@ -7,9 +7,9 @@
 //
 // A store of objects, as `mkcomposefs --digest-store` fills it:
 //
-//	ab/cdef…     a whole file, named by its fs-verity SHA-256 digest in
-//	             hexadecimal; mode 0644, fs-verity enabled where the
-//	             filesystem can
+//	ab/cdef…     a whole file, named by its fs-verity digest (SHA-256, or
+//	             SHA-512 if asked for) in hexadecimal; mode 0644, fs-verity
+//	             enabled where the filesystem can
 //	.tmp…        an object being written, or litter of a crash
 //
 // Objects get their names before they are synced; Store.Sync syncs them all at

@@ -51,13 +51,20 @@ func walk(r *erofs.Reader, filter Filter, fn func(path string, i erofs.Inode) er
 // List prints the entries of an image, depth first and in byte order, as
 // `composefs-info ls` does: the path, with a slash after a directory, then a
 // tab and "-> " with the target of a symbolic link or "@ " with the payload of
-// an external file.
+// an external file. Of an inode with several names only the first that is
+// shown has more than its path, as with composefs-info.
 func List(w io.Writer, r *erofs.Reader, filter Filter) error {
 	out := bufio.NewWriterSize(w, 64<<10)
 	var line []byte
+	seen := map[uint64]struct{}{}
 	err := walk(r, filter, func(path string, i erofs.Inode) error {
 		line = appendEscaped(line[:0], path, true)
+		_, again := seen[i.NID]
+		if i.IsSymlink() || i.External() {
+			seen[i.NID] = struct{}{}
+		}
 		switch {
+		case again:
 		case i.IsDir():
 			line = append(line, "/\t"...)
 		case i.IsSymlink():
@@ -301,8 +308,8 @@ func Measure(path string, alg verity.Algorithm) ([]byte, error) {
 		return nil, fmt.Errorf("measure: %w", err)
 	}
 	var digest []byte
-	if size := fi.Size(); fi.Mode().IsRegular() && size >= minParallel && size <= maxParallel {
-		digest, err = largeDigest(f, size, alg, runtime.NumCPU())
+	if fi.Mode().IsRegular() {
+		digest, err = verity.DigestAt(f, fi.Size(), alg, runtime.NumCPU())
 	} else {
 		digest, err = verity.Digest(f, alg)
 	}

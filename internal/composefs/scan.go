@@ -16,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/verity"
 )
 
 // MaxInline is the size in bytes up to which a scanned file's content goes into
@@ -39,16 +40,28 @@ type ScanOptions struct {
 	UseEpoch bool
 	// SkipDevices leaves out character and block devices.
 	SkipDevices bool
+	// Hardlinks makes names of one file names of one inode, with as many links
+	// as the folder has names of it. Without it every name is a file of its own.
+	Hardlinks bool
+	// Algorithm is that of the files' fs-verity digests, 0 for SHA-256.
+	Algorithm verity.Algorithm
 	// Threads is how many files are read at once, 0 for one per CPU.
 	Threads int
-	// Store, if not nil, gets the content of each file that is not inline.
+	// Store, if not nil, gets the content of each file that is not inline. It
+	// has to be one of Algorithm.
 	Store *Store
 }
 
+func (o *ScanOptions) algorithm() verity.Algorithm {
+	if o.Algorithm == 0 {
+		return verity.SHA256
+	}
+	return o.Algorithm
+}
+
 // Scan reads the tree below the folder dir as mkcomposefs does (section 3,
-// "Directory source"): other filesystems mounted in it are gone into, every
-// name of a hard-linked file is a file of its own, files of 1 to 64 bytes are
-// inline, larger ones external with their fs-verity digest and a payload
+// "Directory source"): other filesystems mounted in it are gone into, files of 1
+// to 64 bytes are inline, larger ones external with their fs-verity digest and a payload
 // "ab/cdef…". A nil error promises that every file had the same content from
 // the first byte read to the last, as far as its times tell, and that Store, if
 // given, has it; Store.Sync is left to the caller. When ctx ends, so does Scan.
@@ -63,7 +76,7 @@ func Scan(ctx context.Context, dir string, o ScanOptions) (*erofs.Node, error) {
 		threads = runtime.NumCPU()
 	}
 	g, ctx := errgroup.WithContext(ctx)
-	s := &scanner{options: o, threads: threads, ctx: ctx, root: root, jobs: make(chan job, 4*threads), buf: make([]byte, 1<<16)}
+	s := &scanner{options: o, threads: threads, ctx: ctx, root: root, jobs: make(chan job, 4*threads), buf: make([]byte, 1<<16), names: map[fileID]*erofs.Node{}}
 	for range threads {
 		g.Go(func() error {
 			r := newContentReader(s)
@@ -94,8 +107,12 @@ type scanner struct {
 	ctx     context.Context // ends with the caller's, and when a reader of content fails
 	root    *os.File
 	jobs    chan job
-	buf     []byte // of the largest list or value an xattr can have
+	buf     []byte                 // of the largest list or value an xattr can have
+	names   map[fileID]*erofs.Node // the first name of files that have several
 }
+
+// A fileID says which file a name leads to.
+type fileID struct{ dev, ino uint64 }
 
 // A job is a regular file whose content is wanted.
 type job struct {
@@ -177,6 +194,15 @@ func (s *scanner) entry(dir *os.File, name, path string) (*erofs.Node, error) {
 		return nil, nil
 	}
 	n := s.node(name, &st)
+	// A whiteout says that there is no file; two of them cannot be the same one.
+	if s.options.Hardlinks && kind != unix.S_IFDIR && st.Nlink > 1 && (kind != unix.S_IFCHR || st.Rdev != 0) {
+		id := fileID{uint64(st.Dev), st.Ino}
+		if first, again := s.names[id]; again {
+			first.Nlink++
+			return &erofs.Node{Name: name, Link: first}, nil
+		}
+		s.names[id] = n
+	}
 	if err := s.xattrs(n, at, name); err != nil {
 		return fail(err)
 	}
@@ -240,10 +266,13 @@ func (s *scanner) xattrs(n *erofs.Node, at int, name string) error {
 
 // WriteImage writes the image of a tree to path. A file is replaced when its
 // successor is whole and synced (erofs.WriteFile), where a symbolic link at
-// path leads; what is no regular file (a device, a pipe) is written to.
+// path leads. What is no regular file (a device, a
+// pipe) is written to, and so is a file that is named by a descriptor
+// (/proc/self/fd/3, /dev/stdout): whoever opened it waits for the bytes there.
 func WriteImage(path string, root *erofs.Node, o erofs.Options) error {
-	if fi, err := os.Stat(path); err == nil && !fi.Mode().IsRegular() {
-		f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	fi, err := os.Stat(path)
+	if err == nil && (!fi.Mode().IsRegular() || isDescriptor(path)) {
+		f, err := os.OpenFile(path, os.O_WRONLY|os.O_TRUNC, 0)
 		if err != nil {
 			return err
 		}
@@ -257,4 +286,24 @@ func WriteImage(path string, root *erofs.Node, o erofs.Options) error {
 		path = real
 	}
 	return erofs.WriteFile(path, root, o)
+}
+
+// isDescriptor reports whether path leads through an entry of /proc, whose
+// links lead to open files rather than to names.
+func isDescriptor(path string) bool {
+	for range 40 {
+		var fs unix.Statfs_t
+		if err := unix.Statfs(filepath.Dir(path), &fs); err == nil && fs.Type == unix.PROC_SUPER_MAGIC {
+			return true
+		}
+		target, err := os.Readlink(path)
+		if err != nil {
+			return false
+		}
+		if !filepath.IsAbs(target) {
+			target = filepath.Join(filepath.Dir(path), target)
+		}
+		path = target
+	}
+	return false
 }

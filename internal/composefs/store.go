@@ -19,21 +19,22 @@ import (
 // folder at the same time.
 type Store struct {
 	dir      string
+	alg      verity.Algorithm
 	seen     sync.Map    // payloads that a call of Add has seen to
 	noVerity atomic.Bool // the filesystem cannot do fs-verity
 }
 
 // OpenStore returns the store in the folder dir, which is made, with those
-// above it, if it is not there.
-func OpenStore(dir string) (*Store, error) {
+// above it, if it is not there. Its objects are named by their digests of alg.
+func OpenStore(dir string, alg verity.Algorithm) (*Store, error) {
 	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return nil, fmt.Errorf("store of objects: %w", err)
 	}
-	return &Store{dir: dir}, nil
+	return &Store{dir: dir, alg: alg}, nil
 }
 
 // Add puts the content of the regular file src into the store under its
-// fs-verity SHA-256 digest, unless an object of that name and size is there. It
+// fs-verity digest, unless an object of that name and size is there. It
 // shares the file's blocks where the filesystem can (FICLONE) and copies
 // elsewhere, and moves src's offset. A nil error promises that the object is
 // whole, and, where the filesystem has fs-verity, that the kernel measured the
@@ -115,7 +116,7 @@ func (s *Store) seal(path string, digest []byte) error {
 		return err
 	}
 	defer f.Close()
-	err = verity.Enable(f)
+	err = verity.EnableWith(f, s.alg)
 	if _, unsupported := errors.AsType[*verity.NotSupportedError](err); unsupported {
 		s.noVerity.Store(true)
 		return nil
@@ -123,11 +124,11 @@ func (s *Store) seal(path string, digest []byte) error {
 	if err != nil {
 		return err
 	}
-	_, got, err := verity.Measure(f)
+	alg, got, err := verity.Measure(f)
 	if err != nil {
 		return err
 	}
-	return verity.Compare(path, verity.SHA256, digest, got)
+	return verity.Compare(path, alg, digest, got)
 }
 
 // Sync makes every object that Add has seen to survive a power cut, by one

@@ -19,7 +19,7 @@ import (
 // fill scans dir into the store and returns the payloads of its files by name.
 func fill(t testing.TB, dir, store string, threads int) map[string]string {
 	t.Helper()
-	s, err := OpenStore(store)
+	s, err := OpenStore(store, verity.SHA256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -113,11 +113,11 @@ func TestStore(t *testing.T) {
 
 func TestStoreErrors(t *testing.T) {
 	dir := treeOf(t, "file f 100*x\nfile notdir x")
-	if _, err := OpenStore(filepath.Join(dir, "notdir")); !errors.Is(err, unix.ENOTDIR) {
+	if _, err := OpenStore(filepath.Join(dir, "notdir"), verity.SHA256); !errors.Is(err, unix.ENOTDIR) {
 		t.Errorf("OpenStore of a file: %v", err)
 	}
 	store := t.TempDir()
-	s, err := OpenStore(store)
+	s, err := OpenStore(store, verity.SHA256)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -207,7 +207,7 @@ func TestStoreDiskFull(t *testing.T) {
 		}
 	})
 	dir := treeOf(t, "file f 3000000*x")
-	s, err := OpenStore(mnt)
+	s, err := OpenStore(mnt, verity.SHA256)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -1,0 +1,75 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/spf13/cobra"
+
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+)
+
+const composefsFuseHelp = `Serve the composefs image IMAGE at the folder MOUNTPOINT through FUSE, from a
+process in the background that ends with the mount. It is
+'cfs-fuse mount composefs:IMAGE --objects DIR MOUNTPOINT' with the command line
+of the composefs project's tool; 'cfs-fuse -o …' is the same.
+
+The options of -o, with a backslash before a comma that belongs to one:
+  source=IMAGE          the image; mandatory
+  basedir=DIR[:DIR...]  the folders of objects; mandatory
+  noacl, ro, default_permissions, allow_other, nodev, nosuid
+                        taken, and change nothing`
+
+// newComposefsFuse returns composefs-fuse.
+func newComposefsFuse() *cobra.Command {
+	var options []string
+	var f mountFlags
+	var ignored bool
+	cmd := &cobra.Command{
+		Use:     "composefs-fuse [-f] -o OPTIONS MOUNTPOINT",
+		Short:   "Mount a composefs image through FUSE",
+		Long:    composefsFuseHelp,
+		Example: "  composefs-fuse -o source=image.cfs,basedir=/srv/objects /mnt\n  umount /mnt",
+		Args:    exactArgs("MOUNTPOINT"),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			image, objects, err := parseFuseOptions(strings.Join(options, ","))
+			if err != nil {
+				return usage(err)
+			}
+			g := global{runtimeDir: defaultRuntime(), logLevel: "info"}
+			f.opts.Root, f.opts.Objects = defaultRoot(), objects
+			f.swap, f.verity, f.pull, f.fill = "never", "off", "missing", true
+			return f.run(cmd.Context(), &g, "composefs:"+image, args[0])
+		},
+	}
+	fl := cmd.Flags()
+	fl.StringArrayVarP(&options, "options", "o", nil, "`options`, with commas between")
+	fl.BoolVarP(&f.foreground, "foreground", "f", false, "stay in the foreground")
+	fl.BoolVarP(&ignored, "single", "s", false, "ignored")
+	return cmd
+}
+
+// parseFuseOptions reads the argument of composefs-fuse's -o.
+func parseFuseOptions(s string) (image string, objects []string, err error) {
+	for _, option := range splitOptions(s) {
+		key, value, _ := strings.Cut(option, "=")
+		value = unescapeOption(value)
+		switch key {
+		case "source":
+			image = value
+		case "basedir":
+			objects = strings.FieldsFunc(value, func(c rune) bool { return c == ':' })
+		case "noacl", "ro", "default_permissions", "allow_other", "nodev", "nosuid":
+		default:
+			return "", nil, fmt.Errorf("unknown option %q", option)
+		}
+	}
+	switch {
+	case image == "":
+		return "", nil, hint.Wrap(errors.New("no image"), "add -o source=IMAGE")
+	case len(objects) == 0:
+		return "", nil, hint.Wrap(errors.New("no folder of objects"), "add -o basedir=DIR")
+	}
+	return image, objects, nil
+}
