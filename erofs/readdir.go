@@ -11,6 +11,8 @@ type DirEntry struct {
 	Name []byte // of the image; valid until the callback returns
 	NID  uint64
 	Type uint8 // TypeRegular and so on, as the directory has it
+
+	pos int64 // of the entry in the image
 }
 
 // A dirBlock is a block of a directory that was looked at: so many entries of
@@ -163,7 +165,7 @@ func (r *Reader) ReadDir(dir Inode, from uint64, fn func(e DirEntry, next uint64
 			if k+1 == d.count {
 				next = uint64(off) + 1<<r.blockBits
 			}
-			e := DirEntry{Name: name, NID: d.nidAt(k), Type: d.b[direntSize*k+10]}
+			e := DirEntry{Name: name, NID: d.nidAt(k), Type: d.b[direntSize*k+10], pos: d.pos + direntSize*int64(k)}
 			if !fn(e, next) {
 				return nil
 			}

@@ -309,7 +309,11 @@ func TestFS(t *testing.T) {
 
 // Images with one fault each, made by changing a good one.
 func TestFaults(t *testing.T) {
-	tree := root(dir("a", dir("b", file("f", "text"))), file("g", "x", xattr("user.x", "y")), symlink("l", "to"), ext("e", 5000, "ab"))
+	external := ext("e", 5000, "ab")
+	external.Digest = bytes.Repeat([]byte{7}, 32)
+	odd := file("n", "x", xattr("user.1", "ab"), xattr("user.2", "ab"), xattr(aclAccess, "acl"))
+	odd.MtimeSec++
+	tree := root(dir("a", dir("b", file("f", "text"))), file("g", "x", xattr("user.x", "y")), symlink("l", "to"), external, odd)
 	good := image(t, tree, Options{})
 	r := openImage(t, good)
 	slot := func(path string) int { return int(at(t, r, path).NID) * slotSize }
@@ -362,6 +366,13 @@ func TestFaults(t *testing.T) {
 		{"link size", func(b []byte) { b[slot("l")+9] = 0xff }, "target of"},
 		{"link nul", func(b []byte) { b[inline("l")] = 0 }, "NUL"},
 		{"big file", func(b []byte) { b[slot("g")+11] = 1 }, "beyond the end"},
+		{"nanoseconds", func(b []byte) { le.PutUint32(b[slot("n")+40:], 1e9) }, "1000000000 nanoseconds"},
+		{"inodes", func(b []byte) { b[superOffset+16]++ }, "superblock says"},
+		{"xattr twice", func(b []byte) { copy(b[slot("n")+extendedSize+12:][:8], b[slot("n")+extendedSize+20:]) }, "twice"},
+		{"ACL", func(b []byte) { b[8] = 0 }, "no ACLs, and there are"},
+		{"redirect", func(b []byte) { b[bytes.Index(b, []byte("redirect/ab"))+8] = '.' }, "slash"},
+		{"metacopy", func(b []byte) { b[bytes.Index(b, []byte("metacopy\x00"))+9] = 35 }, "metacopy"},
+		{"size", func(b []byte) { b[superOffset+36]-- }, "its superblock says"},
 		{"huge directory", func(b []byte) { b[slot("a")+11] = 0x7f }, "corrupt image"},
 	} {
 		b := bytes.Clone(good)
@@ -388,6 +399,54 @@ func TestFaults(t *testing.T) {
 	}
 }
 
+// TestEveryFault damages an image in many places; each must be named, with an
+// offset at it.
+func TestEveryFault(t *testing.T) {
+	tree := root()
+	for k := range 40 {
+		d := dir(fmt.Sprintf("d%02d", k))
+		for i := range 400 { // some blocks of entries
+			d.Children = append(d.Children, file(fmt.Sprintf("file-%03d", i), ""))
+		}
+		tree.Children = append(tree.Children, d)
+	}
+	b := image(t, tree, Options{})
+	good := openImage(t, bytes.Clone(b))
+	var want []int64
+	for k := range 40 {
+		name := fmt.Sprintf("d%02d", k)
+		d := at(t, good, name)
+		_, pos, err := good.dirData(&d, int64(k%2))
+		if err != nil {
+			t.Fatal(err)
+		}
+		b[pos+8] = 7 // the first name's offset
+		f := at(t, good, name+[]string{"/file-399", "/file-000"}[k%2]) // in the other block
+		b[f.NID*slotSize+5] = 0 // the mode
+		want = append(want, pos+8, int64(f.NID*slotSize))
+	}
+	r := openImage(t, b)
+	var got []int64
+	r.Faults(func(err error) bool {
+		corrupt, ok := errors.AsType[*CorruptError](err)
+		if !ok {
+			t.Fatal(err)
+		}
+		got = append(got, corrupt.Offset)
+		return true
+	})
+	slices.Sort(want)
+	slices.Sort(got)
+	if !slices.Equal(got, want) {
+		t.Errorf("faults at %d\nwant %d", got, want)
+	}
+	count := 0
+	r.Faults(func(error) bool { count++; return count < 7 })
+	if count != 7 {
+		t.Errorf("told of %d faults, wanted 7", count)
+	}
+}
+
 // exercise calls everything on an image that may be anything.
 func exercise(b []byte) error {
 	r, err := OpenBytes(b)
@@ -395,6 +454,7 @@ func exercise(b []byte) error {
 		return err
 	}
 	errs := []error{r.Check()}
+	r.Faults(func(error) bool { return true })
 	budget := 2000
 	errs = append(errs, r.Walk(func(path string, i Inode) error {
 		if budget--; budget == 0 {

@@ -87,15 +87,10 @@ func (r *Reader) Xattr(i Inode, name string) ([]byte, error) {
 	if i.xattrSize == 0 {
 		return nil, ErrNoXattr
 	}
-	// Writers do not agree on the prefix of "lustre.", so on its bit.
-	if r.hasFilter && !strings.HasPrefix(name, "lustre.") {
-		b, err := r.bytes(i.NID, i.xattrOff, xattrHeaderSize)
-		if err != nil {
-			return nil, err
-		}
-		if le.Uint32(b)&filterBit(splitXattr(name)) != 0 {
-			return nil, ErrNoXattr
-		}
+	if denied, err := r.denied(&i, name); err != nil {
+		return nil, err
+	} else if denied {
+		return nil, ErrNoXattr
 	}
 	var value []byte
 	found := false
@@ -109,6 +104,17 @@ func (r *Reader) Xattr(i Inode, name string) ([]byte, error) {
 		err = ErrNoXattr
 	}
 	return value, err
+}
+
+// denied reports whether the name filter of an inode with xattrs says that it
+// has none of the name.
+func (r *Reader) denied(i *Inode, name string) (bool, error) {
+	// Writers do not agree on the prefix of "lustre.", so on its bit.
+	if !r.hasFilter || strings.HasPrefix(name, "lustre.") {
+		return false, nil
+	}
+	b, err := r.bytes(i.NID, i.xattrOff, xattrHeaderSize)
+	return err == nil && le.Uint32(b)&filterBit(splitXattr(name)) != 0, err
 }
 
 // Xattrs returns all xattrs of an inode as the image stores them, those kept

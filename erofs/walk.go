@@ -19,6 +19,10 @@ type walker struct {
 	stack []walkDir
 	seen  map[uint64]struct{} // directories
 	left  uint64              // entries that the image has room for
+
+	// fault, if not nil, is told what is wrong, and the walk goes on behind it
+	// while fault returns true. If it is nil the first fault ends the walk.
+	fault func(error) bool
 }
 
 type walkDir struct {
@@ -39,17 +43,18 @@ func (r *Reader) newWalker() *walker {
 func (w *walker) next(skip bool) (ok bool, err error) {
 	if w.path == nil {
 		w.path = []byte{'/'}
-		w.entry = DirEntry{NID: w.r.root, Type: TypeDir}
+		w.entry = DirEntry{NID: w.r.root, Type: TypeDir, pos: superOffset + 14}
 		w.ino, err = w.r.Inode(w.r.root)
 		return err == nil, err
 	}
 	if w.ino.IsDir() && !skip {
-		if _, again := w.seen[w.ino.NID]; again {
-			return false, &CorruptError{NID: w.ino.NID, Offset: w.ino.xattrOff,
-				What: fmt.Sprintf("%.200q is a directory that was met before: a cycle or two parents", w.path)}
+		if _, again := w.seen[w.ino.NID]; !again {
+			w.seen[w.ino.NID] = struct{}{}
+			w.stack = append(w.stack, walkDir{w.ino, 0, len(w.path)})
+		} else if err := w.tell(&CorruptError{NID: w.ino.NID, Offset: w.entry.pos,
+			What: fmt.Sprintf("%.200q is a directory that was met before: a cycle or two parents", w.path)}); err != nil {
+			return false, err
 		}
-		w.seen[w.ino.NID] = struct{}{}
-		w.stack = append(w.stack, walkDir{w.ino, 0, len(w.path)})
 	}
 	for len(w.stack) > 0 {
 		d := &w.stack[len(w.stack)-1]
@@ -63,10 +68,7 @@ func (w *walker) next(skip bool) (ok bool, err error) {
 			w.entry = e
 			return false
 		})
-		if err != nil {
-			return false, err
-		}
-		if !found {
+		if err == nil && !found {
 			w.stack = w.stack[:len(w.stack)-1]
 			continue
 		}
@@ -75,17 +77,54 @@ func (w *walker) next(skip bool) (ok bool, err error) {
 		}
 		w.depth = len(w.stack)
 		w.path = w.path[:d.path]
+		if err != nil {
+			if err := w.tell(fmt.Errorf("%.200q: %w", w.path, err)); err != nil {
+				return false, err
+			}
+			if !w.skipBlock(d) {
+				w.stack = w.stack[:len(w.stack)-1]
+			}
+			continue
+		}
 		if d.path > 1 {
 			w.path = append(w.path, '/')
 		}
 		w.path = append(w.path, w.entry.Name...)
 		w.ino, err = w.r.Inode(w.entry.NID)
-		if err != nil {
-			return false, fmt.Errorf("%.200q: %w", w.path, err)
+		if err == nil {
+			return true, nil
 		}
-		return true, nil
+		if err := w.tell(fmt.Errorf("%.200q: %w", w.path, err)); err != nil {
+			return false, err
+		}
 	}
 	return false, nil
+}
+
+// errEnough ends a walk whose fault function has heard enough.
+var errEnough = errors.New("enough faults")
+
+// tell passes err on to fault and returns what ends the walk, if anything.
+func (w *walker) tell(err error) error {
+	if w.fault == nil {
+		return err
+	}
+	if !w.fault(err) {
+		return errEnough
+	}
+	return nil
+}
+
+// skipBlock moves d behind the block in which a fault was met, and reports
+// whether there is a block that can be read.
+func (w *walker) skipBlock(d *walkDir) bool {
+	next := int64(d.cookie>>w.r.blockBits) + 1
+	if next > (d.ino.Size-1)>>w.r.blockBits {
+		return false
+	}
+	d.cookie = uint64(next) << w.r.blockBits
+	_, _, err := w.r.dirData(&d.ino, next)
+	return err == nil
 }
 
 // Walk calls fn for every entry of the image, the root first, a directory
@@ -109,146 +148,5 @@ func (r *Reader) Walk(fn func(path string, ino Inode) error) error {
 		if err != nil && !skip {
 			return err
 		}
-	}
-}
-
-// maxFaults is how many faults Check collects before it gives up.
-const maxFaults = 20
-
-// Check reads all metadata of the image and holds it to the format: every
-// inode, name, xattr and block address in range; names in strict byte order,
-// so that lookups find them and none is there twice; "." and ".." as they
-// should be; no directory with two parents; entry types and link counts of
-// directories as the inodes have them. The faults found, 20 at most, are
-// joined into one error and name offsets (*CorruptError). A nil error promises
-// that no method of the Reader will meet a fault in this image.
-func (r *Reader) Check() error {
-	c := &checker{r: r, parents: []uint64{r.root}}
-	c.w = r.newWalker()
-	for {
-		ok, err := c.w.next(false)
-		if err != nil {
-			c.add(err)
-			break
-		}
-		if !ok {
-			break
-		}
-		c.entry()
-		if len(c.faults) >= maxFaults {
-			break
-		}
-	}
-	if len(c.faults) == 0 {
-		return nil
-	}
-	return fmt.Errorf("check image: %w", errors.Join(c.faults...))
-}
-
-type checker struct {
-	r       *Reader
-	w       *walker
-	parents []uint64 // directories on the way to the entry, by depth
-	faults  []error
-}
-
-func (c *checker) add(err error) { c.faults = append(c.faults, err) }
-
-// fault notes a fault of the current entry.
-func (c *checker) fault(offset int64, what string, args ...any) {
-	c.add(&CorruptError{NID: c.w.ino.NID, Offset: offset, What: fmt.Sprintf("%.200q: %s", c.w.path, fmt.Sprintf(what, args...))})
-}
-
-// entry checks the walker's current entry.
-func (c *checker) entry() {
-	i := &c.w.ino
-	if t := i.Type(); t != c.w.entry.Type {
-		c.fault(i.xattrOff, "its directory has it with type %d, its inode with %d", c.w.entry.Type, t)
-	}
-	found := func(name string) bool {
-		_, err := c.r.Xattr(*i, name)
-		return err != ErrNoXattr
-	}
-	err := c.r.eachXattr(i, func(x storedXattr) bool {
-		name := x.prefix + string(x.suffix)
-		if name == "" {
-			c.fault(x.pos, "an xattr without a name")
-		}
-		if !found(name) {
-			c.fault(i.xattrOff, "its name filter denies the xattr %q", name)
-		}
-		return len(c.faults) < maxFaults
-	})
-	if err != nil {
-		c.add(err)
-	}
-	switch {
-	case i.IsDir():
-		c.dir()
-	case i.IsSymlink():
-		if _, err := c.r.Readlink(*i); err != nil {
-			c.add(err)
-		}
-	case i.IsRegular():
-		c.data()
-	}
-}
-
-// data checks that all data is inside the image.
-func (c *checker) data() {
-	i := &c.w.ino
-	for off := int64(0); off < i.Size; {
-		pos, n, err := c.r.mapAt(i, off)
-		if err == nil && pos >= 0 && (pos > c.r.size || n > c.r.size-pos) {
-			err = &CorruptError{NID: i.NID, Offset: pos, What: fmt.Sprintf("%.200q: data beyond the end of the image", c.w.path)}
-		}
-		if err != nil {
-			c.add(err)
-			return
-		}
-		off += n
-	}
-}
-
-// dir checks the entries of a directory as a whole.
-func (c *checker) dir() {
-	i, depth := &c.w.ino, c.w.depth
-	c.parents = append(c.parents[:depth+1], i.NID)
-	var last []byte
-	subdirs := uint64(0)
-	dots := 0
-	err := c.r.ReadDir(*i, 0, func(e DirEntry, next uint64) bool {
-		want := e.NID
-		switch string(e.Name) {
-		case ".":
-			dots++
-			want = i.NID
-		case "..":
-			dots++
-			want = c.parents[depth]
-		default:
-			if e.Type == TypeDir {
-				subdirs++
-			}
-		}
-		if e.NID != want {
-			c.fault(i.xattrOff, "its entry %q leads to nid %d, want %d", e.Name, e.NID, want)
-		}
-		if last != nil && string(last) >= string(e.Name) {
-			c.fault(i.xattrOff, "the entry %.255q does not come after %.255q: a name twice or out of order", e.Name, last)
-		}
-		last = append(last[:0], e.Name...)
-		return len(c.faults) < maxFaults
-	})
-	if err != nil {
-		c.add(err)
-		return
-	}
-	if dots != 2 && len(c.faults) < maxFaults {
-		c.fault(i.xattrOff, "a directory without . or ..")
-	}
-	// A link count too small for the directories in it stands for many.
-	if uint64(i.Nlink) != 2+subdirs && i.Nlink != 1 && len(c.faults) < maxFaults {
-		c.fault(i.xattrOff, "a link count of %d with %d directories in it", i.Nlink, subdirs)
 	}
 }
