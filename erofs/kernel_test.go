@@ -393,3 +393,66 @@ func TestKernel48bit(t *testing.T) {
 	}
 	sameAsKernel(t, r, mountImage(t, saved(t, img), ""), false)
 }
+
+// TestLongPrefixes changes an image into one with a table of xattr prefixes,
+// which mkfs.erofs --xattr-prefix writes since erofs-utils 1.7.
+func TestLongPrefixes(t *testing.T) {
+	const value = "11 of bytes"
+	img := image(t, root(file("f", "text", xattr("user.longish.a", "v"), xattr("user.b", "b"))), Options{})
+	clear(img[:32])
+	entry := img[bytes.Index(img, []byte("longish.a"))-xattrEntrySize:]
+	entry[0], entry[1] = 1, longPrefix
+	le.PutUint16(entry[2:], uint16(len(value)))
+	copy(entry[xattrEntrySize:], "a"+value) // as many bytes as before, with the padding
+
+	sb := img[superOffset:]
+	le.PutUint32(sb[80:], incompatPrefixes)
+	sb[91] = 1
+	le.PutUint32(sb[92:], 512/4)
+	copy(img[512:], "\x09\x00\x01longish.")
+
+	r := openImage(t, img)
+	if err := r.Check(); err != nil {
+		t.Error(err)
+	}
+	if got, err := r.Xattr(at(t, r, "f"), "user.longish.a"); string(got) != value || err != nil {
+		t.Errorf("%q, %v", got, err)
+	}
+	sameAsKernel(t, r, mountImage(t, saved(t, img), ""), false)
+
+	// The same table in the data of a packed inode, where erofs-utils 1.8 has it.
+	packed := image(t, root(file("f", "text", xattr("user.longish.a", "v")), file("p", "1234\x09\x00\x01longish.")), Options{})
+	nid := at(t, openImage(t, packed), "p").NID
+	clear(packed[:32])
+	entry = packed[bytes.Index(packed, []byte("longish.a"))-xattrEntrySize:]
+	entry[0], entry[1] = 1, longPrefix
+	le.PutUint16(entry[2:], uint16(len(value)))
+	copy(entry[xattrEntrySize:], "a"+value)
+	sb = packed[superOffset:]
+	le.PutUint32(sb[80:], incompatPrefixes|incompatFragments)
+	sb[91] = 1
+	le.PutUint32(sb[92:], 1)
+	le.PutUint64(sb[96:], nid)
+	r = openImage(t, packed)
+	if got, err := r.Xattr(at(t, r, "f"), "user.longish.a"); string(got) != value || err != nil {
+		t.Errorf("from the packed inode: %q, %v", got, err)
+	}
+	sb[92] = 4
+	if _, err := OpenBytes(packed); err == nil {
+		t.Error("a table beyond the end of the packed inode was taken")
+	}
+
+	for _, c := range []func(b []byte){
+		func(b []byte) { b[512] = 0 },
+		func(b []byte) { b[513] = 2 },
+		func(b []byte) { b[514] = 9 },
+		func(b []byte) { le.PutUint32(b[superOffset+92:], 1<<30) },
+		func(b []byte) { b[superOffset+91] = 200; le.PutUint32(b[superOffset+92:], uint32(len(b)-8)/4) },
+	} {
+		bad := bytes.Clone(img)
+		c(bad)
+		if _, err := OpenBytes(bad); err == nil {
+			t.Error("a damaged table of prefixes was taken")
+		}
+	}
+}

@@ -31,8 +31,10 @@ func (e *CorruptError) Error() string {
 const (
 	incompatZeroPadding = 1 << 0 // about compressed data only; mkfs.erofs sets it always
 	incompatChunked     = 1 << 2 // chunk-based files
+	incompatFragments   = 1 << 5 // about compressed data too; a packed inode may have the next
+	incompatPrefixes    = 1 << 6 // a table of long prefixes of xattr names
 	incompat48bit       = 1 << 7 // block numbers and the root's nid of more than 32 and 16 bits
-	incompatKnown       = incompatZeroPadding | incompatChunked | incompat48bit
+	incompatKnown       = incompatZeroPadding | incompatChunked | incompatFragments | incompatPrefixes | incompat48bit
 )
 
 // A Header is what an image says about itself as a whole.
@@ -69,6 +71,7 @@ type Reader struct {
 	meta      int64 // byte position of nid 0
 	xattrBase int64 // byte position of shared xattr 0
 	root      uint64
+	prefixes  []string // the image's own prefixes of xattr names
 	hasFilter bool
 	onlyHoles bool // chunk-based files have no data in the image
 }
@@ -151,7 +154,7 @@ func (r *Reader) open() error {
 	}
 	compat, incompat := le.Uint32(s[8:]), le.Uint32(s[80:])
 	if unknown := incompat &^ incompatKnown; unknown != 0 {
-		return fmt.Errorf("EROFS image with features %#x (compression, further devices, long xattr prefixes or newer): %w", unknown, errors.ErrUnsupported)
+		return fmt.Errorf("EROFS image with features %#x (compression, further devices or newer): %w", unknown, errors.ErrUnsupported)
 	}
 	r.blockBits = uint(s[12])
 	if r.blockBits < 9 || r.blockBits > 16 {
@@ -192,6 +195,15 @@ func (r *Reader) open() error {
 		r.header.Composefs = true
 		r.header.HasACL = le.Uint32(h[8:])&flagHasACL != 0
 		r.header.Version = le.Uint32(h[12:])
+	}
+	if incompat&incompatPrefixes != 0 {
+		packed := uint64(0)
+		if incompat&incompatFragments != 0 {
+			packed = le.Uint64(s[96:])
+		}
+		if err := r.readPrefixes(int(s[91]), int64(le.Uint32(s[92:]))*4, packed); err != nil {
+			return fmt.Errorf("read prefixes of xattr names: %w", err)
+		}
 	}
 	r.onlyHoles = r.header.Composefs && incompat&incompatChunked == 0
 	root, err := r.Inode(r.root)

@@ -420,9 +420,9 @@ func TestEveryFault(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		b[pos+8] = 7 // the first name's offset
+		b[pos+8] = 7                                                   // the first name's offset
 		f := at(t, good, name+[]string{"/file-399", "/file-000"}[k%2]) // in the other block
-		b[f.NID*slotSize+5] = 0 // the mode
+		b[f.NID*slotSize+5] = 0                                        // the mode
 		want = append(want, pos+8, int64(f.NID*slotSize))
 	}
 	r := openImage(t, b)

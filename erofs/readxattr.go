@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"strings"
 )
 
@@ -42,7 +43,7 @@ func (r *Reader) eachXattr(i *Inode, fn func(x storedXattr) bool) error {
 		if size > len(inline) {
 			return &CorruptError{NID: i.NID, Offset: pos, What: "an xattr longer than the inode has room for"}
 		}
-		x := parseXattr(inline, pos)
+		x := r.parseXattr(inline, pos)
 		if !fn(x) {
 			return nil
 		}
@@ -58,7 +59,7 @@ func (r *Reader) eachXattr(i *Inode, fn func(x storedXattr) bool) error {
 		if err != nil {
 			return err
 		}
-		x := parseXattr(e, pos)
+		x := r.parseXattr(e, pos)
 		if !fn(x) {
 			return nil
 		}
@@ -66,11 +67,60 @@ func (r *Reader) eachXattr(i *Inode, fn func(x storedXattr) bool) error {
 	return nil
 }
 
+// readPrefixes reads the image's table of long prefixes, from byte pos on of the
+// image, or of the data of the packed inode if there is one: each is a u16
+// length, then a u8 index of one of the prefixes that all images have and what
+// comes after it, and begins at a multiple of 4 bytes.
+func (r *Reader) readPrefixes(count int, pos int64, packed uint64) error {
+	read := func(pos int64, n int) ([]byte, error) { return r.bytes(0, pos, n) }
+	if packed != 0 {
+		i, err := r.Inode(packed)
+		if err != nil {
+			return err
+		}
+		read = func(pos int64, n int) ([]byte, error) {
+			b := make([]byte, n)
+			_, err := r.ReadAt(i, b, pos)
+			if err == io.EOF {
+				err = &CorruptError{NID: packed, Offset: i.xattrOff, What: "a table of prefixes of xattr names beyond the end of its file"}
+			}
+			return b, err
+		}
+	}
+	for range count {
+		pos = int64(roundUp(uint64(pos), 4))
+		b, err := read(pos, 2)
+		if err != nil {
+			return err
+		}
+		n := int(le.Uint16(b))
+		if n < 1 || n > 1+maxXattrName {
+			return &CorruptError{NID: packed, Offset: pos, What: fmt.Sprintf("a prefix of xattr names of %d bytes", n)}
+		}
+		if b, err = read(pos+2, n); err != nil {
+			return err
+		}
+		if int(b[0]) >= len(xattrPrefixes) {
+			return &CorruptError{NID: packed, Offset: pos + 2, What: fmt.Sprintf("a prefix of xattr names that begins with prefix %d", b[0])}
+		}
+		r.prefixes = append(r.prefixes, xattrPrefixes[b[0]]+string(b[1:]))
+		pos += 2 + int64(n)
+	}
+	return nil
+}
+
+// longPrefix is set in the prefix index of an xattr whose other bits are an
+// index of the image's own prefixes.
+const longPrefix = 0x80
+
 // parseXattr takes the entry at the start of b, which holds it all.
-func parseXattr(b []byte, pos int64) storedXattr {
+func (r *Reader) parseXattr(b []byte, pos int64) storedXattr {
 	x := storedXattr{pos: pos}
-	if int(b[1]) < len(xattrPrefixes) {
-		x.prefix = xattrPrefixes[b[1]]
+	switch k := int(b[1] &^ longPrefix); {
+	case b[1]&longPrefix == 0 && k < len(xattrPrefixes):
+		x.prefix = xattrPrefixes[k]
+	case b[1]&longPrefix != 0 && k < len(r.prefixes):
+		x.prefix = r.prefixes[k]
 	}
 	value := xattrEntrySize + int(b[0])
 	x.suffix = b[xattrEntrySize:value:value]

@@ -126,7 +126,12 @@ repaired. The exit code is 1 if there was a violation.`,
 // says that the image could not be checked.
 func fsck(w io.Writer, path string) (violations int, err error) {
 	out := bufio.NewWriterSize(w, 64<<10)
+	var unsupported error
 	tell := func(fault error) bool {
+		if errors.Is(fault, errors.ErrUnsupported) {
+			unsupported = fmt.Errorf("%s: %w", path, fault)
+			return false
+		}
 		violations++
 		_, err = fmt.Fprintf(out, "%s: %s\n", path, oneLine(fault.Error()))
 		return err == nil
@@ -140,6 +145,9 @@ func fsck(w io.Writer, path string) (violations int, err error) {
 	} else {
 		defer r.Close()
 		r.Faults(tell)
+	}
+	if unsupported != nil {
+		return violations, errors.Join(unsupported, out.Flush())
 	}
 	if violations == 0 {
 		fmt.Fprintf(out, "%s: no violations, %d inodes\n", path, r.Header().Inodes)
