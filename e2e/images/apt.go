@@ -13,26 +13,26 @@ import (
 // used when the machine's sources name none.
 const debianKeyring = "/usr/share/keyrings/debian-archive-keyring.gpg"
 
-// An aptSource is one place packages come from: what one "deb" line of
+// An AptSource is one place packages come from: what one "deb" line of
 // sources.list(5) says, for one URI and one suite.
-type aptSource struct {
+type AptSource struct {
 	URI        string
 	Suite      string
 	Components []string
 	SignedBy   string // a file, or "" when the source names none or holds the key itself
 }
 
-// machineSource finds where this machine gets its distribution from: the
+// MachineSource finds where this machine gets its distribution from: the
 // first source for its own release, of component main, in sources.list or
 // sources.list.d below etc (usually "/etc").
-func machineSource(etc string) (aptSource, error) {
+func MachineSource(etc string) (AptSource, error) {
 	codename, err := osRelease(filepath.Join(etc, "os-release"), "VERSION_CODENAME")
 	if err != nil {
-		return aptSource{}, err
+		return AptSource{}, err
 	}
 	sources, err := machineSources(filepath.Join(etc, "apt"))
 	if err != nil {
-		return aptSource{}, err
+		return AptSource{}, err
 	}
 	for _, s := range sources {
 		if s.Suite != codename || !slices.Contains(s.Components, "main") {
@@ -40,7 +40,7 @@ func machineSource(etc string) (aptSource, error) {
 		}
 		if list, ok := strings.CutPrefix(s.URI, "mirror+file:"); ok {
 			if s.URI, err = firstMirror(list); err != nil {
-				return aptSource{}, err
+				return AptSource{}, err
 			}
 		}
 		if !strings.HasPrefix(s.URI, "http://") && !strings.HasPrefix(s.URI, "https://") && !strings.HasPrefix(s.URI, "file:") {
@@ -50,17 +50,17 @@ func machineSource(etc string) (aptSource, error) {
 			s.SignedBy = debianKeyring
 		}
 		if _, err := os.Stat(s.SignedBy); err != nil {
-			return aptSource{}, fmt.Errorf("keyring of %s: %w", s.URI, err)
+			return AptSource{}, fmt.Errorf("keyring of %s: %w", s.URI, err)
 		}
 		return s, nil
 	}
-	return aptSource{}, fmt.Errorf("apt sources below %s: none for release %q with component main", etc, codename)
+	return AptSource{}, fmt.Errorf("apt sources below %s: none for release %q with component main", etc, codename)
 }
 
 // machineSources reads every source of the folder of apt's configuration.
 // Files that cannot be read as sources are an error: guessing another mirror
 // would be worse.
-func machineSources(dir string) ([]aptSource, error) {
+func machineSources(dir string) ([]AptSource, error) {
 	var paths []string
 	for _, pattern := range []string{"sources.list", "sources.list.d/*.list", "sources.list.d/*.sources"} {
 		m, err := filepath.Glob(filepath.Join(dir, pattern))
@@ -69,7 +69,7 @@ func machineSources(dir string) ([]aptSource, error) {
 		}
 		paths = append(paths, m...)
 	}
-	var all []aptSource
+	var all []AptSource
 	for _, p := range paths {
 		b, err := os.ReadFile(p)
 		if err != nil {
@@ -85,8 +85,8 @@ func machineSources(dir string) ([]aptSource, error) {
 }
 
 // parseList reads the one-line style: deb [options] uri suite components...
-func parseList(text string) []aptSource {
-	var all []aptSource
+func parseList(text string) []AptSource {
+	var all []AptSource
 	for line := range strings.Lines(text) {
 		line, _, _ = strings.Cut(line, "#")
 		rest, ok := strings.CutPrefix(strings.TrimSpace(line), "deb ")
@@ -96,7 +96,7 @@ func parseList(text string) []aptSource {
 			}
 		}
 		rest = strings.TrimSpace(rest)
-		var s aptSource
+		var s AptSource
 		if inner, after, ok := strings.Cut(rest, "]"); ok && strings.HasPrefix(inner, "[") {
 			for _, opt := range strings.Fields(inner[1:]) {
 				if v, ok := strings.CutPrefix(opt, "signed-by="); ok {
@@ -116,8 +116,8 @@ func parseList(text string) []aptSource {
 }
 
 // parseDeb822 reads the stanza style of files named *.sources.
-func parseDeb822(text string) []aptSource {
-	var all []aptSource
+func parseDeb822(text string) []AptSource {
+	var all []AptSource
 	fields := map[string]string{}
 	last := ""
 	flush := func() {
@@ -128,7 +128,7 @@ func parseDeb822(text string) []aptSource {
 			}
 			for _, uri := range strings.Fields(fields["uris"]) {
 				for _, suite := range strings.Fields(fields["suites"]) {
-					all = append(all, aptSource{uri, suite, strings.Fields(fields["components"]), key})
+					all = append(all, AptSource{uri, suite, strings.Fields(fields["components"]), key})
 				}
 			}
 		}

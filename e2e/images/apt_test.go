@@ -11,26 +11,26 @@ import (
 func TestParseSources(t *testing.T) {
 	for _, c := range []struct {
 		name string
-		got  []aptSource
-		want []aptSource
+		got  []AptSource
+		want []AptSource
 	}{
 		{"one line", parseList("deb http://m/debian bookworm main contrib\n"),
-			[]aptSource{{"http://m/debian", "bookworm", []string{"main", "contrib"}, ""}}},
+			[]AptSource{{"http://m/debian", "bookworm", []string{"main", "contrib"}, ""}}},
 		{"options", parseList("deb [arch=amd64 signed-by=/k.gpg] https://m x main # note\n"),
-			[]aptSource{{"https://m", "x", []string{"main"}, "/k.gpg"}}},
+			[]AptSource{{"https://m", "x", []string{"main"}, "/k.gpg"}}},
 		{"not binary", parseList("deb-src http://m x main\n# deb http://m y main\n\n"), nil},
 		{"exact path", parseList("deb http://m ./\n"), nil},
-		{"tabs", parseList("deb\thttp://m\tx\tmain\n"), []aptSource{{"http://m", "x", []string{"main"}, ""}}},
+		{"tabs", parseList("deb\thttp://m\tx\tmain\n"), []AptSource{{"http://m", "x", []string{"main"}, ""}}},
 		{"stanzas", parseDeb822("Types: deb deb-src\nURIs: http://m\nSuites: a a-updates\nComponents: main\nSigned-By: /k.gpg\n\n# note\nTypes: deb\nURIs: http://s\nSuites: a-security\nComponents: main\n"),
-			[]aptSource{
+			[]AptSource{
 				{"http://m", "a", []string{"main"}, "/k.gpg"}, {"http://m", "a-updates", []string{"main"}, "/k.gpg"},
 				{"http://s", "a-security", []string{"main"}, ""}}},
 		{"comment within", parseDeb822("Types: deb\n# where from\nURIs: http://m\nSuites: a\nComponents: main\n"),
-			[]aptSource{{"http://m", "a", []string{"main"}, ""}}},
+			[]AptSource{{"http://m", "a", []string{"main"}, ""}}},
 		{"key inside", parseDeb822("Types: deb\nURIs: http://m\nSuites: a\nComponents: main\nSigned-By:\n -----BEGIN PGP PUBLIC KEY BLOCK-----\n .\n mDMEY\n"),
-			[]aptSource{{"http://m", "a", []string{"main"}, ""}}},
+			[]AptSource{{"http://m", "a", []string{"main"}, ""}}},
 		{"continued", parseDeb822("Types: deb\nURIs: http://m\nSuites: a\nComponents: main\n  contrib\n"),
-			[]aptSource{{"http://m", "a", []string{"main", "contrib"}, ""}}},
+			[]AptSource{{"http://m", "a", []string{"main", "contrib"}, ""}}},
 		{"disabled", parseDeb822("Types: deb\nURIs: http://m\nSuites: a\nComponents: main\nEnabled: no\n"), nil},
 		{"source only", parseDeb822("Types: deb-src\nURIs: http://m\nSuites: a\nComponents: main\n"), nil},
 	} {
@@ -76,7 +76,7 @@ func TestMachineSource(t *testing.T) {
 			for i := 0; i < len(c.files); i += 2 {
 				write(t, etc, c.files[i], r.Replace(c.files[i+1]))
 			}
-			s, err := machineSource(etc)
+			s, err := MachineSource(etc)
 			if c.err != "" {
 				if err == nil || !strings.Contains(err.Error(), c.err) {
 					t.Fatalf("got error %v, want one with %q", err, c.err)

@@ -122,7 +122,7 @@ func (b *builder) debian(ctx context.Context) error {
 // minbase fills the empty folder rootfs by debootstrap, from the mirror and
 // of the release of this machine.
 func (b *builder) minbase(ctx context.Context, rootfs string) error {
-	src, err := machineSource("/etc")
+	src, err := MachineSource("/etc")
 	if err != nil {
 		return err
 	}
@@ -155,7 +155,7 @@ umount "$root/proc"
 
 // packages installs what layer 2 adds, by apt inside the root filesystem.
 func (b *builder) packages(ctx context.Context, rootfs string) error {
-	src, err := machineSource("/etc")
+	src, err := MachineSource("/etc")
 	if err != nil {
 		return err
 	}
