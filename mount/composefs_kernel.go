@@ -177,12 +177,23 @@ type overlay struct {
 	enforce     bool // verity=require
 }
 
-// maxParam is the length of a string that fsconfig(2) takes.
-const maxParam = 255
-
-// mount builds the mount, visible nowhere yet. Kernels before 6.7 have no
-// lowerdir+ and datadir+; they take all lowers as one string.
+// mount builds the mount, visible nowhere yet. A kernel that takes no detached
+// mount as a lower is given it attached, out of everybody's sight.
 func (o *overlay) mount() (*os.File, error) {
+	m, err := o.build()
+	if refused(err, "create") {
+		perr := kmount.InPrivate(o.lower, func() (err error) { m, err = o.build(); return err })
+		if perr == nil {
+			return m, nil
+		}
+		err = fmt.Errorf("%w; with its lower attached: %w", err, perr)
+	}
+	return m, err
+}
+
+// build is mount in the mount namespace of this thread. Kernels before 6.7
+// have no lowerdir+ and datadir+; they take all lowers as one string.
+func (o *overlay) build() (*os.File, error) {
 	attrs := 0
 	params := []kmount.Param{
 		kmount.String("source", o.source),
@@ -200,7 +211,7 @@ func (o *overlay) mount() (*os.File, error) {
 	for i, dir := range dirs {
 		// A longer path is taken by way of a descriptor; a short one is not,
 		// as this is what mount tables show.
-		if len(dir) > maxParam {
+		if len(dir) > kmount.MaxString {
 			f, err := os.OpenFile(dir, unix.O_PATH|unix.O_DIRECTORY, 0)
 			if err != nil {
 				return nil, fmt.Errorf("mount overlay: %w", err)
@@ -220,11 +231,17 @@ func (o *overlay) mount() (*os.File, error) {
 		joined += "::" + escapeLower(dir)
 	}
 	m, err := kmount.New("overlay", attrs, each...)
-	var refused *kmount.Error
-	if errors.As(err, &refused) && refused.Step == "set lowerdir+" && errors.Is(err, unix.EINVAL) {
+	if refused(err, "set lowerdir+") {
 		m, err = kmount.New("overlay", attrs, append(params, kmount.String("lowerdir", joined))...)
 	}
 	return m, err
+}
+
+// refused reports whether the kernel refused a step of making a mount as
+// invalid.
+func refused(err error, step string) bool {
+	k, ok := errors.AsType[*kmount.Error](err)
+	return ok && k.Step == step && errors.Is(err, unix.EINVAL)
 }
 
 // An unenforceableError says that fs-verity cannot be enforced here, whatever
@@ -249,7 +266,7 @@ func (o *overlay) mountEnforced(r *erofs.Reader) (*os.File, error) {
 		}
 	}
 	m, err := o.mount()
-	if refused, ok := errors.AsType[*kmount.Error](err); ok && refused.Step == "set verity" {
+	if k, ok := errors.AsType[*kmount.Error](err); ok && k.Step == "set verity" {
 		return nil, &unenforceableError{err}
 	}
 	if err != nil || path == "" {

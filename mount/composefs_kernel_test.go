@@ -33,6 +33,16 @@ func mountComposefs(t *testing.T, imagePath string, o ComposefsOptions) string {
 	return mnt
 }
 
+// objectPath is where the folder of objects has the one with this content.
+func objectPath(t *testing.T, objects, content string) string {
+	t.Helper()
+	sum, err := verity.Digest(strings.NewReader(content), verity.SHA256)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return filepath.Join(objects, fmt.Sprintf("%x/%x", sum[:1], sum[1:]))
+}
+
 func TestComposefs(t *testing.T) {
 	files := map[string]string{"a": "alpha", "b": strings.Repeat("b", 100_000)}
 	imagePath, objects := composefsImage(t, files)
@@ -49,6 +59,13 @@ func TestComposefs(t *testing.T) {
 	}
 	if err := os.Rename(filepath.Join(objects, object), filepath.Join(long, object)); err != nil {
 		t.Fatal(err)
+	}
+	// Where fs-verity can be had it can be had of every object.
+	for _, path := range []string{filepath.Join(long, object), objectPath(t, objects, files["a"])} {
+		err := enableVerity(path)
+		if _, unsupported := errors.AsType[*verity.NotSupportedError](err); err != nil && !unsupported {
+			t.Fatal(err)
+		}
 	}
 	upper, work := t.TempDir(), t.TempDir()
 	for _, c := range []struct {

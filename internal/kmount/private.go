@@ -1,0 +1,52 @@
+package kmount
+
+import (
+	"fmt"
+	"os"
+	"runtime"
+
+	"golang.org/x/sys/unix"
+)
+
+// InPrivate calls fn on a thread in a mount namespace of its own, a copy of
+// ours, in which the detached mount m is attached. It is for kernels before
+// 6.15, where overlayfs takes only such mounts as lowers that are attached in
+// the caller's namespace (clone_private_mount: "failed to clone lowerpath").
+// Nobody else sees m meanwhile. What fn builds stays when the namespace goes
+// with the thread; m is attached nowhere afterwards, and Path(m) names it still.
+func InPrivate(m *os.File, fn func() error) error {
+	done := make(chan error)
+	go onThread(func() error { return inPrivate(m, fn) }, done)
+	return <-done
+}
+
+// onThread runs fn on a thread that ends with the goroutine, never on the
+// process's first: that one would stay, and /proc/self is about it.
+func onThread(fn func() error, done chan<- error) {
+	runtime.LockOSThread()
+	if unix.Gettid() != unix.Getpid() {
+		done <- fn() // never unlocked
+		return
+	}
+	// While this goroutine holds the first thread, another gets another.
+	ended := make(chan error)
+	go onThread(fn, ended)
+	err := <-ended
+	runtime.UnlockOSThread()
+	done <- err
+}
+
+func inPrivate(m *os.File, fn func() error) error {
+	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
+		return fmt.Errorf("mount namespace to build a mount in: %w", err)
+	}
+	// What is attached here must not propagate to the namespace we come from.
+	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
+		return fmt.Errorf("mount namespace to build a mount in: %w", err)
+	}
+	// Over the root: paths are looked up beneath it, from the thread's root.
+	if err := Attach(m, "/"); err != nil {
+		return err
+	}
+	return fn()
+}
