@@ -13,31 +13,35 @@ import (
 )
 
 // kernelMount builds the kernel's mount of a composefs image over a folder of
-// objects, visible nowhere yet. With enforce, overlayfs checks the fs-verity
-// digest of each object that is opened. A nil error promises that a file of
-// the image was opened and read through the mount.
-func kernelMount(imagePath, objects string, enforce bool) (*os.File, error) {
-	r, err := erofs.OpenFile(imagePath)
+// objects, visible nowhere yet. With a digest the kernel must vouch that the
+// image has that fs-verity digest, and overlayfs checks the one of each object
+// that is opened. A nil error promises that a file of the image was opened and
+// read through the mount.
+func kernelMount(imagePath, objects string, digest []byte) (*os.File, error) {
+	// All that follows uses this descriptor, so that the image that is measured
+	// is the one that is mounted.
+	image, err := os.Open(imagePath)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("mount the sealed image: %w", err)
+	}
+	defer image.Close()
+	if digest != nil {
+		if err := checkImage(image, digest); err != nil {
+			return nil, err
+		}
+	}
+	r, err := erofs.OpenFile(kmount.Path(image))
+	if err != nil {
+		return nil, fmt.Errorf("%s: %w", imagePath, err)
 	}
 	defer r.Close()
-	short, closeShort, err := shortPath(imagePath)
-	if err != nil {
-		return nil, err
-	}
-	defer closeShort()
-	lower, err := erofsMount(short, !r.Header().HasACL)
+	lower, err := erofsMount(kmount.Path(image), !r.Header().HasACL)
 	if err != nil {
 		return nil, err
 	}
 	defer lower.Close()
-	if objects, closeShort, err = shortPath(objects); err != nil {
-		return nil, err
-	}
-	defer closeShort()
 	// Mount tables show the image, or as much of its path as they can.
-	m, err := overlayMount(imagePath[max(0, len(imagePath)-kmount.MaxString):], lower, objects, enforce)
+	m, err := overlayMount(imagePath[max(0, len(imagePath)-kmount.MaxString):], lower, objects, digest != nil)
 	if err != nil {
 		return nil, err
 	}
@@ -46,20 +50,6 @@ func kernelMount(imagePath, objects string, enforce bool) (*os.File, error) {
 		return nil, fmt.Errorf("try the kernel mount of %s: %w", imagePath, err)
 	}
 	return m, nil
-}
-
-// shortPath returns a path for the same file that the mount API takes, valid
-// until the function it returns is called.
-func shortPath(path string) (string, func(), error) {
-	if len(path) <= kmount.MaxString {
-		return path, func() {}, nil
-	}
-	fd, err := unix.Open(path, unix.O_PATH|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return "", nil, fmt.Errorf("open %s: %w", path, err)
-	}
-	f := os.NewFile(uintptr(fd), path)
-	return kmount.Path(f), func() { f.Close() }, nil
 }
 
 // erofsMount mounts the image from its file, or from a loop device where the

@@ -19,7 +19,7 @@
 //	lazy.erofs     the merged tree; each file refers to its content digest
 //	chunks         where each content's chunks lie in the layers (package image)
 //	sealed.erofs   the same tree, at the same nids; files refer to fs-verity digests
-//	sealed.json    the fs-verity digest of sealed.erofs
+//	sealed.json    the fs-verity digest of sealed.erofs, and what the kernel enforces of it
 package mount
 
 import (

@@ -40,14 +40,17 @@ func (d *hexDigest) UnmarshalText(text []byte) error {
 type sealedRecord struct {
 	// Composefs is the fs-verity digest of sealed.erofs.
 	Composefs hexDigest `json:"composefs_digest"`
-	// Verity says whether fs-verity is enabled on sealed.erofs and each
-	// object ("enabled") or the digests are only written down ("computed").
+	// Verity is what was obtained when the image was sealed: the digests are
+	// only written down ("computed"), or fs-verity is enabled on sealed.erofs
+	// and each object ("enabled"), and a mount that enforces it was tried
+	// ("enforced").
 	Verity string `json:"verity"`
-	// Reason is the kernel's, when Verity is "computed".
+	// Reason says why it is not more: the kernel's.
 	Reason string `json:"reason,omitempty"`
 }
 
 const (
+	verityEnforced = "enforced"
 	verityEnabled  = "enabled"
 	verityComputed = "computed"
 )
@@ -103,6 +106,11 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 	if err := m.store.Sync(); err != nil {
 		return rec, err
 	}
+	if rec.Verity == verityEnabled {
+		if rec.Verity, err = tryEnforced(tmp, m.store.Objects(), rec.Composefs); err != nil {
+			rec.Reason = err.Error()
+		}
+	}
 	if err := os.Rename(tmp, m.image.path(sealedName)); err != nil {
 		return rec, fmt.Errorf("name the sealed image: %w", err)
 	}
@@ -111,6 +119,16 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 		return rec, err
 	}
 	return rec, durable.WriteFile(m.image.path(recordName), append(data, '\n'), 0o644)
+}
+
+// tryEnforced finds out whether the kernel enforces the fs-verity digests of an
+// image on which it is enabled, by a mount that nobody sees.
+func tryEnforced(imagePath, objects string, digest hexDigest) (obtained string, err error) {
+	f, err := kernelMount(imagePath, objects, digest[:])
+	if err != nil {
+		return verityEnabled, err
+	}
+	return verityEnforced, f.Close()
 }
 
 // sealedTree is the tree of lazy.erofs with each file's content digest
@@ -319,7 +337,7 @@ func (m *Mount) setSealed(rec sealedRecord) {
 		s.State = max(s.State, Sealed)
 		s.ComposefsDigest = rec.Composefs.String()
 		s.Verity = "not enforced (FUSE serves; digests are in the image)"
-		if rec.Verity == verityComputed {
+		if rec.Reason != "" {
 			s.Verity = "not enforced (kernel: " + rec.Reason + ")"
 		}
 	})

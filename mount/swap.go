@@ -39,21 +39,19 @@ func (m *Mount) sealedMount(rec sealedRecord) (f *os.File, verity string, err er
 	path, objects := m.image.path(sealedName), m.store.Objects()
 	reason := "--verity off"
 	if m.opts.Verity != Off {
-		if rec.Verity == verityEnabled {
-			f, err := kernelMount(path, objects, true)
-			if err == nil {
-				return f, "enforced", nil
-			}
-			reason = err.Error()
-		} else {
+		if rec.Verity == verityComputed {
 			reason = rec.Reason
+		} else if f, err := kernelMount(path, objects, rec.Composefs[:]); err == nil {
+			return f, verityEnforced, nil
+		} else {
+			reason = err.Error()
 		}
 		if m.opts.Verity == Require {
 			return nil, "", hint.Wrap(fmt.Errorf("--verity require: fs-verity cannot be enforced: %s", reason),
 				"put --root on a filesystem with fs-verity (ext4 made with -O verity, btrfs) on a kernel that has it, or use --verity try")
 		}
 	}
-	f, err = kernelMount(path, objects, false)
+	f, err = kernelMount(path, objects, nil)
 	return f, "not enforced (kernel: " + reason + ")", err
 }
 
