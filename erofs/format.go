@@ -43,8 +43,11 @@ const (
 
 	maxXattrName  = 255
 	maxXattrValue = 65535
-	maxXattrs     = 32767 // bytes of xattrs an author may give a node, as xattrCost counts them
-	maxLoadXattrs = 65535 // the same of a node that is read back
+	maxXattrs     = 32767 // bytes of xattrs of one node, as xattrCost counts them: composefs's limit
+
+	// maxXattrArea is EROFS's limit, in bytes: i_xattr_icount has 16 bits and
+	// counts words after the header, and one for that.
+	maxXattrArea = xattrHeaderSize + 4*(65535-1)
 )
 
 // The overlayfs xattrs that composefs uses (format document 2.5).

@@ -66,7 +66,7 @@ func (r *Reader) loadNode(name string, i *Inode, cache xattrCache) (n Node, ok b
 			n.Mode = n.Mode&^modeType | modeChar
 		case stored == whiteoutXattr, stored == whiteoutUser, stored == whiteoutsXattr, stored == whiteoutsUser, !shown:
 		default:
-			if total += xattrCost(visible, x.value); total > maxLoadXattrs {
+			if total += xattrCost(visible, x.value); total > maxXattrArea {
 				return false
 			}
 			v, known := cache[x.pos]
@@ -82,8 +82,8 @@ func (r *Reader) loadNode(name string, i *Inode, cache xattrCache) (n Node, ok b
 	})
 	switch {
 	case err != nil:
-	case total > maxLoadXattrs:
-		err = &CorruptError{NID: i.NID, Offset: i.xattrOff, What: fmt.Sprintf("xattrs of more than %d bytes", maxLoadXattrs)}
+	case total > maxXattrArea:
+		err = &CorruptError{NID: i.NID, Offset: i.xattrOff, What: fmt.Sprintf("xattrs of more than %d bytes", maxXattrArea)}
 	case i.IsSymlink():
 		n.Target, err = r.Readlink(*i)
 	case n.Mode&modeType == modeRegular && i.Size > 0 && !i.external:

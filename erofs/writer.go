@@ -23,6 +23,11 @@ type Options struct {
 	// version 1, which composefs-rs and its sealing specification use.
 	MinVersion, MaxVersion uint32
 
+	// LargeXattrs allows a node more xattrs than the 32,767 bytes that the C
+	// library takes: as many as an EROFS inode can hold, some 256 KiB, no value
+	// over 65,535 bytes. Images whose nodes have less are not changed by it.
+	LargeXattrs bool
+
 	// Tee, if not nil, receives every byte of the image too, in order: a
 	// *verity.Hash there knows the image's digest when Write returns.
 	Tee io.Writer

@@ -216,6 +216,33 @@ func TestRejected(t *testing.T) {
 	image(t, root(file("a", "", xattr("user.a", strings.Repeat("x", 32742)))), Options{})
 }
 
+// With LargeXattrs a node has as much as EROFS can hold, and the kernel, the
+// reader and Load agree on it; images without such nodes stay as they are.
+func TestLargeXattrs(t *testing.T) {
+	large := Options{MinVersion: 1, LargeXattrs: true}
+	if !bytes.Equal(image(t, sample(), large), image(t, sample(), Options{MinVersion: 1})) {
+		t.Error("the option changes an image that does not need it")
+	}
+	full := func(last int) *Node {
+		v := func(c string, n int) string { return strings.Repeat(c, n) }
+		return root(file("a", "", xattr("user.a", v("a", 65535)), xattr("user.b", v("b", 65535)), xattr("trusted.c", v("c", 65535)),
+			xattr("security.d", v("d", last))), dir("d", xattr("user.shared", v("s", 65535))), dir("e", xattr("user.shared", v("s", 65535))))
+	}
+	tree := full(60_000)
+	img := image(t, tree, large)
+	r := openImage(t, img)
+	got, err := Load(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	sameTree(t, got, tree)
+	sameAsKernel(t, r, mountImage(t, saved(t, img), "ro"), false)
+	err = Write(io.Discard, full(65535), large)
+	if err == nil || !strings.Contains(err.Error(), "at most 262148 are allowed") {
+		t.Errorf("more than an inode can hold: %v", err)
+	}
+}
+
 func TestWarn(t *testing.T) {
 	var warned []string
 	tree := root(dir("d", xattr("trusted.overlay.opaque", "y"), special("w", modeChar, 0)))

@@ -122,8 +122,12 @@ func (b *builder) checkXattrs(i uint32, stored []Xattr) error {
 			total += xattrCost(x.Name, x.Value)
 		}
 	}
-	if total > maxXattrs {
-		return fmt.Errorf("xattrs of %d bytes, at most %d are allowed", total, maxXattrs)
+	limit := uint64(maxXattrs)
+	if b.options.LargeXattrs {
+		limit = maxXattrArea
+	}
+	if total > limit {
+		return fmt.Errorf("xattrs of %d bytes, at most %d are allowed", total, limit)
 	}
 	for k := 1; k < len(stored); k++ {
 		if stored[k].Name == stored[k-1].Name {

@@ -6,8 +6,9 @@ import (
 )
 
 // imageFormat is the composefs version of images made from OCI images, the
-// "erofs.v1" of the composefs sealing specification.
-var imageFormat = erofs.Options{MinVersion: 1, MaxVersion: 1}
+// "erofs.v1" of the composefs sealing specification; with more xattrs on a file
+// than the C library takes where a layer has them.
+var imageFormat = erofs.Options{MinVersion: 1, MaxVersion: 1, LargeXattrs: true}
 
 // lazyTree turns a merged tree into the one that lazy.erofs is written from.
 //
