@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"slices"
+	"time"
 )
 
 // errSkipped tells a wait that its job ended without bringing the span, for a
@@ -22,7 +23,7 @@ type wait struct {
 
 // request finds or makes the jobs that bring the chunks, which are missing, and
 // returns what to wait for. f.mu is held.
-func (f *Fetcher) request(content int, off, n int64, chunks []int) []*wait {
+func (f *Fetcher) request(content int, off, n int64, chunks []int, since time.Time) []*wait {
 	var waits []*wait
 	var own []span // that no job brings
 	spans := make([]span, 0, len(chunks))
@@ -43,7 +44,7 @@ func (f *Fetcher) request(content int, off, n int64, chunks []int) []*wait {
 		}
 	}
 	window := f.window(content, off, n)
-	jobs := f.demandFor(own)
+	jobs := f.demandFor(own, since)
 	for _, j := range jobs {
 		for _, sp := range own {
 			if j.has(sp) {
@@ -88,7 +89,7 @@ func (f *Fetcher) covered(sp span) bool {
 
 // demandFor makes jobs for spans, which are in order: one for several if the
 // gap between them costs less than a request. f.mu is held.
-func (f *Fetcher) demandFor(spans []span) []*job {
+func (f *Fetcher) demandFor(spans []span, since time.Time) []*job {
 	var jobs []*job
 	gap := f.link.ahead()
 	for _, sp := range spans {
@@ -99,7 +100,7 @@ func (f *Fetcher) demandFor(spans []span) []*job {
 				continue
 			}
 		}
-		jobs = append(jobs, f.newJob(f.ctx, f.demand, layer, sp))
+		jobs = append(jobs, f.newJob(f.ctx, f.demand, since, layer, sp))
 	}
 	return jobs
 }
@@ -200,7 +201,7 @@ func (f *Fetcher) sequential(content int, off, window int64) []*job {
 	if bytes < min(window, c.Size-off)/2 {
 		return nil
 	}
-	return f.demandFor(spans)
+	return f.demandFor(spans, time.Now())
 }
 
 // launch gives a demand job to a worker. f.mu is held.

@@ -26,6 +26,9 @@ var ErrClosed = errors.New("fetcher: closed")
 // errStalled says that a host sent no byte for StallTimeout.
 var errStalled = errors.New("no answer")
 
+// errTrickle says that a host sends, but as good as nothing.
+var errTrickle = errors.New("hardly a byte comes")
+
 // A StatusError says that a host answered a request, but not as asked.
 type StatusError struct {
 	Host       string        // host[:port]
@@ -45,6 +48,12 @@ func (e *StatusError) permanent() bool {
 		return false
 	}
 	return e.Status >= 300 && e.Status < 500
+}
+
+// gone reports whether the host does not have what was asked for: no other
+// moment will do, while a refusal ends with new credentials or a repair.
+func (e *StatusError) gone() bool {
+	return e.Status == http.StatusNotFound || e.Status == http.StatusGone
 }
 
 // A DigestError says that a chunk's bytes, from two requests, do not have the
@@ -173,7 +182,7 @@ func advise(err error, registry string) error {
 		return hint.Wrap(err, "the registry speaks plain HTTP; use --plain-http if you trust the way to it")
 	case errors.Is(err, syscall.ECONNREFUSED):
 		return hint.Wrap(err, "check that the registry runs and that the port is right")
-	case errors.Is(err, errStalled), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.ETIMEDOUT):
+	case errors.Is(err, errStalled), errors.Is(err, errTrickle), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.ETIMEDOUT):
 		return hint.Wrap(err, "check the network, and HTTPS_PROXY if the registry is behind a proxy")
 	}
 	return err

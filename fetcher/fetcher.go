@@ -212,7 +212,7 @@ func (f *Fetcher) Need(ctx context.Context, content int, off, n int64) error {
 	if n <= 0 {
 		return nil
 	}
-	for {
+	for w := (&waiter{time.Now()}); ; {
 		if err := context.Cause(f.ctx); err != nil {
 			return err
 		}
@@ -223,7 +223,7 @@ func (f *Fetcher) Need(ctx context.Context, content int, off, n int64) error {
 		if err != nil || len(missing) == 0 {
 			return err
 		}
-		if again, err := f.await(ctx, content, off, n, missing); !again || err != nil {
+		if again, err := f.await(ctx, w, content, off, n, missing); !again || err != nil {
 			return err
 		}
 	}
@@ -275,14 +275,13 @@ func (f *Fetcher) putZero(chunk int) error {
 
 // await has the missing chunks brought and waits for them. It reports again
 // when a job that was to bring one ended without.
-func (f *Fetcher) await(ctx context.Context, content int, off, n int64, missing []int) (again bool, err error) {
-	w := &waiter{time.Now()}
+func (f *Fetcher) await(ctx context.Context, w *waiter, content int, off, n int64, missing []int) (again bool, err error) {
 	f.mu.Lock()
 	if f.closed {
 		f.mu.Unlock()
 		return false, ErrClosed
 	}
-	waits := f.request(content, off, n, missing)
+	waits := f.request(content, off, n, missing, w.since)
 	f.waiting[w] = struct{}{}
 	f.demanded++
 	f.pressing.Store(true)

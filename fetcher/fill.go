@@ -227,7 +227,7 @@ func (p *filling) take() *job {
 		p.ranges = p.ranges[1:]
 		layer := f.x.Chunk(r.first).Layer
 		if !p.bad[layer] {
-			return f.newJob(p.ctx, f.prefetch, layer, r)
+			return f.newJob(p.ctx, f.prefetch, time.Time{}, layer, r)
 		}
 	}
 	_, rate := f.link.estimate()
@@ -245,7 +245,7 @@ func (p *filling) take() *job {
 			continue
 		}
 		if j == nil {
-			j = f.newJob(p.ctx, f.fill, layer, sp)
+			j = f.newJob(p.ctx, f.fill, time.Time{}, layer, sp)
 		} else {
 			j.end, j.limit = sp.end, sp.limit
 		}

@@ -31,10 +31,11 @@ type job struct {
 	waits      map[int]*wait // by the span's first chunk
 }
 
-// newJob makes a job for a span and lists it. f.mu is held.
-func (f *Fetcher) newJob(ctx context.Context, t *tally, layer int, sp span) *job {
+// newJob makes a job for a span that somebody waits for since then (zero:
+// nobody), and lists it. f.mu is held.
+func (f *Fetcher) newJob(ctx context.Context, t *tally, since time.Time, layer int, sp span) *job {
 	j := &job{tally: t, layer: layer, first: sp.first, end: sp.end, off: sp.off, limit: sp.limit, next: sp.first}
-	j.ctx, j.cancel = context.WithCancelCause(withTally(ctx, t))
+	j.ctx, j.cancel = context.WithCancelCause(withSince(withTally(ctx, t), since))
 	j.pos.Store(sp.off)
 	f.jobs = append(f.jobs, j)
 	return j
@@ -112,7 +113,7 @@ func (f *Fetcher) run(j *job) error {
 		wrong, err := store(j.ctx, f.x, sp, r, s, f.sink, f.memoryOf(j))
 		b.at = sp.limit - r.left
 		if err == nil && len(wrong) > 0 {
-			wrong, err = f.again(j, sp, wrong)
+			wrong, err = f.again(j, b.body, sp, wrong)
 		}
 		if err != nil {
 			return f.fault(j, err)
@@ -170,9 +171,9 @@ func (m fillMemory) acquire(ctx context.Context, n int64) (int64, error) {
 
 func (m fillMemory) release(n int64) { m.f.fillMemory.release(n) }
 
-// again asks for a span with wrong chunks once more, elsewhere if it can be had
-// elsewhere, and returns what is still wrong.
-func (f *Fetcher) again(j *job, sp span, wrong map[int]error) (map[int]error, error) {
+// again asks for a span with wrong chunks, which came from a body, once more,
+// elsewhere if it can be had elsewhere, and returns what is still wrong.
+func (f *Fetcher) again(j *job, came io.ReadCloser, sp span, wrong map[int]error) (map[int]error, error) {
 	for _, err := range wrong {
 		f.opts.Logger.Debug("wrong bytes came and are asked for again", "error", err)
 		break
@@ -180,10 +181,12 @@ func (f *Fetcher) again(j *job, sp span, wrong map[int]error) (map[int]error, er
 	blob := f.blobs[j.layer]
 	var body io.ReadCloser
 	var err error
-	if other, ok := blob.(interface {
+	other, ok := blob.(interface {
 		ReadRangeFrom(ctx context.Context, off, n int64, skip int) (io.ReadCloser, error)
-	}); ok {
-		body, err = other.ReadRangeFrom(j.ctx, sp.off, sp.limit-sp.off, 1)
+	})
+	from, ok2 := came.(interface{ From() int })
+	if ok && ok2 {
+		body, err = other.ReadRangeFrom(j.ctx, sp.off, sp.limit-sp.off, from.From()+1)
 	} else {
 		body, err = blob.ReadRange(j.ctx, sp.off, sp.limit-sp.off)
 	}

@@ -105,9 +105,12 @@ func digestOf(b []byte) image.Digest {
 	return d
 }
 
+// errDigest is in every error of checkDigest.
+var errDigest = errors.New("wrong digest")
+
 func checkDigest(want digest.Digest, b []byte) error {
 	if got := digest.FromBytes(b); got != want {
-		return hint.Wrap(fmt.Errorf("digest is %s, want %s", got, want), "do not trust this source, or the way to it")
+		return hint.Wrap(fmt.Errorf("%w: digest is %s, want %s", errDigest, got, want), "do not trust this source, or the way to it")
 	}
 	return nil
 }

@@ -8,12 +8,16 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
+	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	"github.com/containerd/containerd/v2/core/remotes/docker/config"
 	"github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 	"github.com/sirupsen/logrus"
 	logrusslog "github.com/sirupsen/logrus/hooks/slog"
@@ -25,6 +29,10 @@ import (
 // idlePerHost is how many idle connections to one host are kept: as many as a
 // Fetcher has requests under way, so that none begins with a handshake.
 const idlePerHost = 32
+
+// streamBuffer is how far an HTTP/2 server may send ahead of what was read of
+// one body: what 100 Mbit/s carry in 80 ms.
+const streamBuffer = 1 << 20
 
 // A registry is a source behind one or more hosts: the registry itself and its
 // mirrors, in the order to ask them.
@@ -46,7 +54,12 @@ type registry struct {
 
 func newRegistry(ref reference, p ocispec.Platform, metadata *tally, o Options) (*registry, error) {
 	r := &registry{ref: ref, platform: p, metadata: metadata, opts: o}
-	r.ctx, r.cancel = context.WithCancel(context.Background())
+	// What containerd has to say goes to our logger.
+	quiet := logrus.New()
+	quiet.SetOutput(io.Discard)
+	quiet.SetLevel(logrus.WarnLevel)
+	quiet.AddHook(logrusslog.NewHook(o.Logger, nil))
+	r.ctx, r.cancel = context.WithCancel(log.WithLogger(context.Background(), logrus.NewEntry(quiet)))
 	hosts, err := r.configure()
 	if err != nil {
 		r.Close()
@@ -64,19 +77,15 @@ func newRegistry(ref reference, p ocispec.Platform, metadata *tally, o Options) 
 
 // configure reads hosts.toml as containerd does. It does no request.
 func (r *registry) configure() ([]docker.RegistryHost, error) {
-	quiet := logrus.New()
-	quiet.SetOutput(io.Discard)
-	quiet.SetLevel(logrus.WarnLevel)
-	quiet.AddHook(logrusslog.NewHook(r.opts.Logger, nil))
 	o := config.HostOptions{
 		HostDir:      config.HostDirFromRoot(r.opts.HostsDir),
-		Credentials:  dockerCredentials,
+		Credentials:  r.credentials,
 		UpdateClient: r.adopt,
 	}
 	if r.opts.PlainHTTP {
 		o.DefaultScheme = "http"
 	}
-	return config.ConfigureHosts(log.WithLogger(r.ctx, logrus.NewEntry(quiet)), o)(r.ref.host)
+	return config.ConfigureHosts(r.ctx, o)(r.ref.host)
 }
 
 // adopt prepares a client that containerd has made, perhaps more than once.
@@ -89,6 +98,16 @@ func (r *registry) adopt(c *http.Client) error {
 	t.MaxIdleConnsPerHost = idlePerHost
 	t.IdleConnTimeout = time.Minute
 	t.ReadBufferSize = 64 << 10
+	// containerd's transport speaks HTTP/1.1 only, by what Go makes of its
+	// fields. With HTTP/2 all requests share a connection: that it is dead
+	// shows by pings, and what lies in wait for a body that is not read is
+	// small enough not to stand in the way of others.
+	t.ForceAttemptHTTP2 = true
+	t.HTTP2 = &http.HTTP2Config{
+		SendPingTimeout: r.opts.StallTimeout / 2, PingTimeout: r.opts.StallTimeout / 2,
+		MaxReceiveBufferPerStream: streamBuffer,
+	}
+	c.Transport = tokenWatch{t}
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	if !slices.Contains(r.transports, t) {
@@ -102,14 +121,14 @@ func (r *registry) adopt(c *http.Client) error {
 // request to its host.
 const helperTimeout = 15 * time.Second
 
-// dockerCredentials reads docker's config.json each time it is asked, so that
+// credentials reads docker's config.json each time it is asked, so that
 // a login while mounted counts. Without user name, the secret is a refresh token.
-func dockerCredentials(host string) (user, secret string, err error) {
+func (r *registry) credentials(host string) (user, secret string, err error) {
 	store, err := credentials.NewStoreFromDocker(credentials.StoreOptions{})
 	if err != nil {
 		return "", "", fmt.Errorf("docker's config.json: %w", err)
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), helperTimeout)
+	ctx, cancel := context.WithTimeout(r.ctx, helperTimeout)
 	defer cancel()
 	c, err := store.Get(ctx, credentials.ServerAddressFromHostname(host))
 	if err != nil {
@@ -144,7 +163,8 @@ func (r *registry) Resolve(ctx context.Context) (*Manifest, error) {
 // at a prompt, and wants to hear of a wrong name soon.
 const resolveRounds = 4
 
-// manifest gets a manifest by tag or digest. Its caller checks the digest.
+// manifest gets a manifest by tag or digest. A host whose answer has another
+// digest than it was asked for, or than it says itself, has failed.
 func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) {
 	q := &query{
 		object: "manifest " + object,
@@ -156,9 +176,10 @@ func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) 
 	if object == r.ref.tag {
 		q.need = docker.HostCapabilityResolve
 	}
+	q.deadline = r.deadline(time.Now())
 	ctx = withTally(ctx, tallyOf(ctx, r.metadata))
 	var raw []byte
-	err := r.ask(ctx, q, func(h *host) error {
+	err := r.ask(ctx, q, 0, func(h *host) error {
 		a, err := h.get(ctx, q, nil)
 		if err != nil {
 			return err
@@ -171,17 +192,34 @@ func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) 
 		if err == nil && len(raw) > maxManifest {
 			err = fmt.Errorf("more than %d bytes", maxManifest)
 		}
+		if want := manifestDigest(object, a.resp.Header); err == nil && want != "" {
+			err = checkDigest(want, raw)
+		}
 		if err != nil {
 			return fmt.Errorf("get %s from %s: %w", q.object, h.name, noEOF(err))
 		}
 		a.ok = true
+		h.worked(time.Now())
 		return nil
 	})
 	return raw, err
 }
 
+// manifestDigest returns which digest an answer for a manifest must have, or "".
+// What docker signed once has a digest of its own making.
+func manifestDigest(object string, h http.Header) digest.Digest {
+	d := digest.Digest(h.Get("Docker-Content-Digest"))
+	if strings.Contains(object, ":") {
+		d = digest.Digest(object)
+	}
+	if d.Validate() != nil || d.Algorithm() != digest.SHA256 || strings.Contains(h.Get("Content-Type"), "v1+prettyjws") {
+		return ""
+	}
+	return d
+}
+
 func (r *registry) Blob(d ocispec.Descriptor) Blob {
-	return &registryBlob{r: r, desc: d, targets: make([]*url.URL, len(r.hosts))}
+	return &registryBlob{r: r, desc: d, targets: make([]target, len(r.hosts))}
 }
 
 // Close ends all requests and waits for what it started.
@@ -215,8 +253,16 @@ type registryBlob struct {
 	r    *registry
 	desc ocispec.Descriptor
 
+	from atomic.Int32 // the host that last gave bytes
+
 	mu      sync.Mutex
-	targets []*url.URL // by host: where it last redirected to
+	targets []target // by host: where it last redirected to
+}
+
+// A target is where a redirect led; its URL is signed.
+type target struct {
+	url     *url.URL
+	expires time.Time // zero: not known
 }
 
 func (b *registryBlob) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
@@ -234,7 +280,7 @@ func (b *registryBlob) ReadRangeFrom(ctx context.Context, off, n int64, skip int
 	}
 	ctx, cancel := context.WithCancelCause(withTally(ctx, tallyOf(ctx, b.r.metadata)))
 	stop := context.AfterFunc(b.r.ctx, func() { cancel(ErrClosed) })
-	body := &registryBody{b: b, ctx: ctx, skip: skip, off: off, end: off + n,
+	body := &registryBody{b: b, ctx: ctx, skip: skip, off: off, end: off + n, gained: sinceOf(ctx),
 		cancel: func() { stop(); cancel(nil) }}
 	if err := body.reopen(); err != nil {
 		body.cancel()
@@ -243,26 +289,69 @@ func (b *registryBlob) ReadRangeFrom(ctx context.Context, off, n int64, skip int
 	return body, nil
 }
 
+// target returns where the host last redirected to, if that may still be good.
 func (b *registryBlob) target(h *host) *url.URL {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	return b.targets[h.index]
+	t := &b.targets[h.index]
+	if !t.expires.IsZero() && time.Now().After(t.expires) {
+		*t = target{}
+	}
+	return t.url
 }
 
 func (b *registryBlob) remember(h *host, u *url.URL) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.targets[h.index] = u
+	b.targets[h.index] = target{u, expiry(u, time.Now())}
 }
 
-// open asks one host for the bytes [off, end).
-func (b *registryBlob) open(ctx context.Context, h *host, off, end int64) (*answer, error) {
-	q := &query{
+// expiryMargin is how long before its end a signed URL is no longer used: the
+// clocks of two machines differ, and a request takes a while.
+const expiryMargin = 10 * time.Second
+
+// expiry returns until when a signed URL may be used, zero if it does not say:
+// X-Amz-Date and X-Amz-Expires (AWS Signature Version 4, "Query parameters";
+// Google's X-Goog- the same), se (Azure, "Create a service SAS"), Expires
+// (CloudFront and older S3: seconds since 1970).
+func expiry(u *url.URL, now time.Time) time.Time {
+	if u == nil {
+		return time.Time{}
+	}
+	q := u.Query()
+	end := time.Time{}
+	for _, vendor := range []string{"X-Amz-", "X-Goog-"} {
+		begin, err := time.Parse("20060102T150405Z", q.Get(vendor+"Date"))
+		n, err2 := strconv.ParseInt(q.Get(vendor+"Expires"), 10, 32)
+		if err == nil && err2 == nil {
+			end = begin.Add(time.Duration(n) * time.Second)
+		}
+	}
+	if t, err := time.Parse(time.RFC3339, q.Get("se")); err == nil {
+		end = t
+	}
+	if n, err := strconv.ParseInt(q.Get("Expires"), 10, 64); err == nil && n > 0 && n < 1<<40 {
+		end = time.Unix(n, 0)
+	}
+	if end.IsZero() || end.Before(now) { // the clocks do not agree
+		return time.Time{}
+	}
+	return end.Add(-expiryMargin)
+}
+
+// query asks for the bytes [off, end).
+func (b *registryBlob) query(off, end int64) *query {
+	return &query{
 		object: "blob " + b.desc.Digest.String(),
 		path:   "/blobs/" + b.desc.Digest.String(),
 		accept: "*/*",
 		ranged: fmt.Sprintf("bytes=%d-%d", off, end-1),
+		need:   docker.HostCapabilityPull,
 	}
+}
+
+// open asks one host for the bytes [off, end).
+func (b *registryBlob) open(ctx context.Context, h *host, q *query, off, end int64) (*answer, error) {
 	target := b.target(h)
 	a, err := h.get(ctx, q, target)
 	if target != nil && (err != nil || a.resp.StatusCode >= 300) && ctx.Err() == nil {
@@ -282,7 +371,45 @@ func (b *registryBlob) open(ctx context.Context, h *host, off, end int64) (*answ
 	if a.redirected != nil {
 		b.remember(h, a.redirected)
 	}
+	b.from.Store(int32(h.index))
 	return a, nil
+}
+
+// Elsewhere returns the blob as it is read from another host than the one that
+// last gave bytes of it, if there is one, for bytes that were wrong. It reports
+// false for a blob that is a file here: that would only be read again.
+func Elsewhere(b Blob) (Blob, bool) {
+	if r, ok := b.(*registryBlob); ok {
+		return &elsewhere{r, int(r.from.Load()) + 1}, true
+	}
+	return b, false
+}
+
+type elsewhere struct {
+	*registryBlob
+	skip int
+}
+
+func (e *elsewhere) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
+	return e.ReadRangeFrom(ctx, off, n, e.skip)
+}
+
+type sinceKey struct{}
+
+// withSince tells a Source since when somebody has waited for what is asked
+// for under ctx: ReadTimeout counts from then. Zero: nobody does.
+func withSince(ctx context.Context, t time.Time) context.Context {
+	if t.IsZero() {
+		return ctx
+	}
+	return context.WithValue(ctx, sinceKey{}, t)
+}
+
+func sinceOf(ctx context.Context) time.Time {
+	if t, ok := ctx.Value(sinceKey{}).(time.Time); ok {
+		return t
+	}
+	return time.Now()
 }
 
 var errNoHost = errors.New("no host may be asked")

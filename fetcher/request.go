@@ -9,19 +9,12 @@ import (
 	"net/url"
 	"strconv"
 	"strings"
-	"sync"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
-	remoteerrors "github.com/containerd/containerd/v2/core/remotes/errors"
 )
 
-const (
-	maxRedirects = 5
-	// authAge is how old an Authorizer must be to be made anew when what it
-	// offers is refused: younger, and the credentials are simply wrong.
-	authAge = 5 * time.Second
-)
+const maxRedirects = 5
 
 // A query is what to ask any host for.
 type query struct {
@@ -30,8 +23,13 @@ type query struct {
 	accept string
 	ranged string // value of the Range header, or ""
 	need   docker.HostCapabilities
-	rounds int // over all hosts; 0: until ReadTimeout
+
+	rounds   int       // over all hosts, and then any refusal is final; 0: until deadline
+	deadline time.Time // when it has failed; zero: never
 }
+
+// over reports whether the query has no time left.
+func (q *query) over(now time.Time) bool { return !q.deadline.IsZero() && !now.Before(q.deadline) }
 
 // A host is one registry or mirror.
 type host struct {
@@ -44,10 +42,7 @@ type host struct {
 	can    docker.HostCapabilities
 	client *http.Client
 	breaker
-
-	mu     sync.Mutex
-	auth   docker.Authorizer
-	authAt time.Time
+	tokens
 }
 
 func newHost(r *registry, index int, c docker.RegistryHost) *host {
@@ -57,7 +52,9 @@ func newHost(r *registry, index int, c docker.RegistryHost) *host {
 		r: r, index: index, name: c.Host, client: &client, header: c.Header, can: c.Capabilities,
 		base:  url.URL{Scheme: c.Scheme, Host: c.Host, Path: strings.TrimSuffix(c.Path, "/") + "/" + r.ref.name},
 		proxy: c.Host != r.ref.host && !(r.ref.host == "docker.io" && c.Host == "registry-1.docker.io"),
-		auth:  c.Authorizer, authAt: time.Now(),
+		tokens: tokens{
+			auth: c.Authorizer, authAt: time.Now(), client: c.Client, turn: make(chan struct{}, 1),
+		},
 	}
 }
 
@@ -79,6 +76,7 @@ type answer struct {
 	ctx        context.Context
 	cancel     context.CancelCauseFunc
 	stall      *time.Timer
+	deadline   time.Time // no read waits longer; zero: StallTimeout is all
 	tally      *tally
 	got        int64 // bytes of body
 	ok         bool  // it was as asked, so far
@@ -93,7 +91,10 @@ type answer struct {
 func (h *host) get(ctx context.Context, q *query, target *url.URL) (_ *answer, err error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	a := &answer{h: h, q: q, ctx: ctx, cancel: cancel, tally: tallyOf(ctx, nil)}
-	a.stall = time.AfterFunc(h.r.opts.StallTimeout, func() { cancel(errStalled) })
+	if !q.over(time.Now()) {
+		a.deadline = q.deadline
+	}
+	a.stall = time.AfterFunc(a.patience(), func() { cancel(errStalled) })
 	defer func() {
 		if err == nil {
 			a.stall.Stop()
@@ -148,10 +149,7 @@ func (h *host) get(ctx context.Context, q *query, target *url.URL) (_ *answer, e
 		case resp.StatusCode == http.StatusUnauthorized && authorize && tries < 3:
 			a.drain()
 			if tries++; tries == 2 {
-				fresh, err := h.renew(auth, authAge)
-				if err != nil {
-					return nil, err
-				}
+				fresh := h.renew(auth, authAge)
 				if fresh == auth {
 					return nil, a.statusError()
 				}
@@ -159,8 +157,8 @@ func (h *host) get(ctx context.Context, q *query, target *url.URL) (_ *answer, e
 				continue
 			}
 			challenges = append(challenges, resp)
-			if err := auth.AddResponses(docker.ContextWithAppendPullRepositoryScope(ctx, h.r.ref.name), challenges); err != nil {
-				return nil, fmt.Errorf("%w: %w", a.statusError(), scrub(err))
+			if err := h.challenged(ctx, auth, challenges, a.statusError()); err != nil {
+				return nil, err
 			}
 		case resp.StatusCode >= 300 && resp.StatusCode < 400 && resp.Header.Get("Location") != "" && resp.StatusCode != http.StatusNotModified:
 			a.drain()
@@ -180,72 +178,6 @@ func (h *host) get(ctx context.Context, q *query, target *url.URL) (_ *answer, e
 		default:
 			return a, nil
 		}
-	}
-}
-
-func (h *host) authorizer() docker.Authorizer {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	return h.auth
-}
-
-// renew makes the host's Authorizer anew: containerd's keeps a token that it
-// was told no expiry of, and an error of the token server, for ever.
-// It gives the old one back if that is younger than age.
-func (h *host) renew(old docker.Authorizer, age time.Duration) (docker.Authorizer, error) {
-	h.mu.Lock()
-	defer h.mu.Unlock()
-	if h.auth != old || time.Since(h.authAt) < age {
-		return h.auth, nil
-	}
-	hosts, err := h.r.configure()
-	if err != nil {
-		return nil, err
-	}
-	if h.index >= len(hosts) || hosts[h.index].Host != h.name {
-		return old, nil
-	}
-	h.auth, h.authAt = hosts[h.index].Authorizer, time.Now()
-	return h.auth, nil
-}
-
-// authorizeRequest adds a token to req. That may need a request of its own,
-// whose answer others wait for too, so that it does not end with ctx.
-func (h *host) authorizeRequest(ctx context.Context, auth docker.Authorizer, req *http.Request) error {
-	if auth == nil {
-		return nil
-	}
-	done := make(chan error, 1)
-	err := h.r.start(func() {
-		actx, cancel := context.WithTimeoutCause(h.r.ctx, h.r.opts.StallTimeout, errStalled)
-		defer cancel()
-		err := auth.Authorize(docker.ContextWithAppendPullRepositoryScope(actx, h.r.ref.name), req)
-		if err != nil && context.Cause(actx) == errStalled {
-			err = errStalled
-		}
-		done <- err
-	})
-	if err != nil {
-		return err
-	}
-	select {
-	case err := <-done:
-		if err == nil {
-			return nil
-		}
-		if _, rerr := h.renew(auth, 0); rerr != nil {
-			return rerr
-		}
-		if e, ok := errors.AsType[remoteerrors.ErrUnexpectedStatus](err); ok {
-			name := h.name
-			if u, perr := url.Parse(e.RequestURL); perr == nil && u.Host != "" {
-				name = u.Host
-			}
-			return &StatusError{Host: name, Object: "token for " + h.r.ref.name, Status: e.StatusCode}
-		}
-		return fmt.Errorf("get token: %w", err)
-	case <-ctx.Done():
-		return ctx.Err()
 	}
 }
 
@@ -318,10 +250,19 @@ func (a *answer) statusError() *StatusError {
 	return e
 }
 
+// patience returns how long the host may send nothing from now on.
+func (a *answer) patience() time.Duration {
+	d := a.h.r.opts.StallTimeout
+	if !a.deadline.IsZero() {
+		d = max(time.Millisecond, min(d, time.Until(a.deadline)))
+	}
+	return d
+}
+
 // Read reads the body. A stall is an error, and so is an end before
 // Content-Length.
 func (a *answer) Read(p []byte) (int, error) {
-	a.stall.Reset(a.h.r.opts.StallTimeout)
+	a.stall.Reset(a.patience())
 	n, err := a.resp.Body.Read(p)
 	a.stall.Stop()
 	a.got += int64(n)

@@ -7,10 +7,9 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"time"
-
-	"github.com/containerd/containerd/v2/core/remotes/docker"
 )
 
 // The breaker of a host opens after failures in a row, and then lets one
@@ -32,6 +31,7 @@ type breaker struct {
 	until    time.Time // the host is to be left alone
 	probing  bool      // a request is out to see whether it answers again
 	last     error     // of the last failure
+	good     time.Time // when it last gave what was asked for
 }
 
 // allow reports whether the host may be asked now, else how long not.
@@ -50,15 +50,19 @@ func (b *breaker) allow(now time.Time) (wait time.Duration) {
 	return 0
 }
 
-// report tells the breaker how a request that it allowed has ended. cost is
-// how many failures err counts for, 0: it was answered.
-func (b *breaker) report(now time.Time, err error, cost int, retryAfter time.Duration) {
+// failedSince reports whether the host has done nothing but fail since t.
+func (b *breaker) failedSince(t time.Time) bool {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	return b.failures > 0 && b.good.Before(t)
+}
+
+// failed tells the breaker how a request that it allowed has ended. cost is
+// how many failures err counts for, 0: the host has answered, and refused.
+func (b *breaker) failed(now time.Time, err error, cost int, retryAfter time.Duration) {
 	b.lock.Lock()
 	defer b.lock.Unlock()
 	b.probing = false
-	if cost > 0 {
-		b.last = err
-	}
 	switch {
 	case cost == 0:
 		b.failures = 0
@@ -67,9 +71,28 @@ func (b *breaker) report(now time.Time, err error, cost int, retryAfter time.Dur
 			b.until = now.Add(jitter(min(maxPause, minPause<<min(b.failures-breakAfter, 10))))
 		}
 	}
-	if t := now.Add(min(retryAfter, maxRetryWait)); retryAfter > 0 && t.After(b.until) {
+	if cost > 0 {
+		b.last = err
+	}
+	if t := now.Add(retryAfter); t.After(b.until) {
 		b.until = t
 	}
+}
+
+// answered says that an allowed request has an answer, of which no byte has
+// come yet: others may try, but one more failure is enough.
+func (b *breaker) answered() {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	b.probing = false
+	b.failures = min(b.failures, breakAfter-1)
+}
+
+// worked says that the host gives what it is asked for.
+func (b *breaker) worked(now time.Time) {
+	b.lock.Lock()
+	defer b.lock.Unlock()
+	b.probing, b.failures, b.good = false, 0, now
 }
 
 // lastError returns the last failure that was reported.
@@ -89,20 +112,33 @@ func (b *breaker) release() {
 // jitter gives between half of d and d.
 func jitter(d time.Duration) time.Duration { return d/2 + rand.N(d/2+1) }
 
-// ask tries the hosts that may answer q in order until try succeeds, and then
-// again after a pause, until q.rounds or ReadTimeout is over, or the fault is
-// one that time does not heal. The error is of every host that was asked.
-func (r *registry) ask(ctx context.Context, q *query, try func(*host) error) error {
-	return r.askFrom(ctx, q, 0, time.Now().Add(r.opts.ReadTimeout), try)
+// deadline returns when what has been tried since t fails for good; zero: never.
+func (r *registry) deadline(t time.Time) time.Time {
+	if r.opts.ReadTimeout < 0 {
+		return time.Time{}
+	}
+	return t.Add(r.opts.ReadTimeout)
 }
 
-func (r *registry) askFrom(ctx context.Context, q *query, skip int, deadline time.Time, try func(*host) error) error {
+// heeded bounds a Retry-After, so that within ReadTimeout a host is asked again.
+func (r *registry) heeded(d time.Duration) time.Duration {
+	if d = min(d, maxRetryWait); r.opts.ReadTimeout > 0 {
+		d = min(d, r.opts.ReadTimeout/2)
+	}
+	return d
+}
+
+// ask tries the hosts that may answer q in order, beginning skip places further
+// in the list, until try succeeds, and then again after a pause, until q.rounds
+// or q.deadline is over, or the fault is one that time does not heal. A query
+// that comes after its deadline, having waited elsewhere, is refused by hosts
+// that have failed all that time. The error is of every host that was asked.
+func (r *registry) ask(ctx context.Context, q *query, skip int, try func(*host) error) error {
 	errs := make([]error, len(r.hosts)) // the last of each host
 	dead := make([]bool, len(r.hosts))  // that error is permanent
+	begin := time.Now()
 	for i, h := range r.hosts {
-		if !h.can.Has(q.need) {
-			dead[i] = true
-		}
+		dead[i] = !h.can.Has(q.need) || q.over(begin) && h.failedSince(q.deadline.Add(-r.opts.ReadTimeout))
 	}
 	for round := 0; ; round++ {
 		wait := time.Duration(-1) // the shortest of the hosts that are alive
@@ -126,25 +162,23 @@ func (r *registry) askFrom(ctx context.Context, q *query, skip int, deadline tim
 				return cause
 			}
 			if err == nil {
-				h.report(time.Now(), nil, 0, 0)
 				return nil
 			}
 			errs[i] = err
 			var retryAfter time.Duration
 			cost := 1
 			if status, ok := errors.AsType[*StatusError](err); ok {
-				if dead[i] = status.permanent(); dead[i] {
+				if dead[i] = status.gone() || q.rounds > 0 && status.permanent(); status.permanent() {
 					cost = 0
-				}
-				if retryAfter = status.RetryAfter; dead[i] {
-					retryAfter = 0
+				} else {
+					retryAfter = r.heeded(status.RetryAfter)
 				}
 			} else if errors.Is(err, errStalled) {
 				cost = breakAfter
 			} else if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
-				dead[i] = true
+				dead[i] = q.rounds > 0
 			}
-			h.report(time.Now(), err, cost, retryAfter)
+			h.failed(time.Now(), err, cost, retryAfter)
 			if !dead[i] {
 				r.opts.Logger.Debug("a request failed and is tried again", "error", err)
 				if retryAfter > 0 && (wait < 0 || retryAfter < wait) {
@@ -152,20 +186,14 @@ func (r *registry) askFrom(ctx context.Context, q *query, skip int, deadline tim
 				}
 			}
 		}
-		alive := false
-		for _, d := range dead {
-			alive = alive || !d
-		}
+		alive := slices.Contains(dead, false)
 		if !tried {
 			round-- // all hosts are being left alone
 		}
-		pause := jitter(min(maxBackoff, minBackoff<<min(max(round, 0), 10)))
-		if wait > pause || !tried {
-			pause = wait
-		}
-		if !alive || q.rounds > 0 && round+1 >= q.rounds || time.Now().Add(pause).After(deadline) {
+		now := time.Now()
+		if !alive || q.rounds > 0 && round+1 >= q.rounds || q.over(now) {
 			for i, h := range r.hosts {
-				if errs[i] == nil && !dead[i] {
+				if errs[i] == nil && h.can.Has(q.need) {
 					errs[i] = h.lastError() // it was left alone for that
 				}
 			}
@@ -173,6 +201,13 @@ func (r *registry) askFrom(ctx context.Context, q *query, skip int, deadline tim
 				return err
 			}
 			return fmt.Errorf("get %s: %w", q.object, errNoHost)
+		}
+		pause := jitter(min(maxBackoff, minBackoff<<min(max(round, 0), 10)))
+		if wait > pause || !tried {
+			pause = wait
+		}
+		if !q.deadline.IsZero() {
+			pause = min(pause, q.deadline.Sub(now))
 		}
 		select {
 		case <-ctx.Done():
@@ -205,8 +240,10 @@ type registryBody struct {
 	skip     int
 	off, end int64 // what is left of the range
 	cur      *answer
+	host     *host     // who gave the last bytes, or will give the next
 	failed   error     // final
-	gained   time.Time // when it last got on
+	gained   time.Time // when it last got on; what its reader took is not counted
+	idle     time.Time // when its reader was last given something; zero: never
 	breaks   int       // since then
 	bytes    int64     // since the last break
 }
@@ -221,27 +258,34 @@ const minPart = 16 << 10
 
 // reopen gets an answer that stands at b.off.
 func (b *registryBody) reopen() error {
-	if b.gained.IsZero() {
-		b.gained = time.Now()
-	}
 	r := b.b.r
-	q := &query{object: "blob " + b.b.desc.Digest.String(), need: docker.HostCapabilityPull}
-	err := r.askFrom(b.ctx, q, b.skip, b.gained.Add(r.opts.ReadTimeout), func(h *host) error {
-		a, err := b.b.open(b.ctx, h, b.off, b.end)
-		b.cur = a
+	q := b.b.query(b.off, b.end)
+	q.deadline = r.deadline(b.gained)
+	err := r.ask(b.ctx, q, b.skip, func(h *host) error {
+		a, err := b.b.open(b.ctx, h, q, b.off, b.end)
+		if err == nil {
+			h.answered()
+			b.cur, b.host = a, h
+		}
 		return err
 	})
 	if err != nil {
-		b.cur = nil
 		if cause := context.Cause(b.ctx); cause != nil {
 			return cause
 		}
 		return advise(err, r.ref.host)
 	}
+	if q.over(time.Now()) {
+		b.gained = time.Now() // it had waited elsewhere, and begins now
+	}
 	return nil
 }
 
-func (b *registryBody) Read(p []byte) (int, error) {
+func (b *registryBody) Read(p []byte) (n int, err error) {
+	if !b.idle.IsZero() {
+		b.gained = b.gained.Add(time.Since(b.idle))
+	}
+	defer func() { b.idle = time.Now() }()
 	for b.failed == nil {
 		if b.off == b.end {
 			return 0, io.EOF
@@ -274,16 +318,17 @@ func (b *registryBody) Read(p []byte) (int, error) {
 		h := b.cur.h
 		err = fmt.Errorf("get blob %s from %s: %w", b.b.desc.Digest, h.name, noEOF(err))
 		cost := 1
-		if errors.Is(err, errStalled) {
+		if errors.Is(err, errStalled) || errors.Is(err, errTrickle) {
 			cost = breakAfter
 		}
-		h.report(time.Now(), err, cost, 0)
+		h.failed(time.Now(), err, cost, 0)
 		b.b.r.opts.Logger.Debug("a body broke off and is asked for again", "offset", b.off, "error", err)
 		b.cur.ok = false
 		b.cur.close()
 		b.cur = nil
 		b.skip = h.index + 1
-		if b.bytes = 0; b.breaks > 2 && time.Since(b.gained) > b.b.r.opts.ReadTimeout {
+		b.bytes = 0
+		if end := b.b.r.deadline(b.gained); !end.IsZero() && !time.Now().Before(end) {
 			b.failed = advise(err, b.b.r.ref.host)
 		} else if !pause(b.ctx, jitter(min(maxBackoff, minBackoff<<min(b.breaks, 10)))) {
 			b.failed = context.Cause(b.ctx)
@@ -295,14 +340,29 @@ func (b *registryBody) Read(p []byte) (int, error) {
 
 // gain counts n bytes that have come.
 func (b *registryBody) gain(n int64) {
-	if b.bytes += n; b.bytes >= gain {
-		b.gained, b.breaks = time.Now(), 0
+	if b.bytes += n; b.bytes >= gain || b.off == b.end {
+		b.gained, b.breaks, b.bytes = time.Now(), 0, 0
+		b.host.worked(b.gained)
 	}
+}
+
+// patience bounds the next read: by what is left until all has failed for too
+// long, and halfway there by an error, so that another host has its turn.
+func (b *registryBody) patience() error {
+	r := b.b.r
+	b.cur.deadline = r.deadline(b.gained)
+	if r.opts.ReadTimeout > 0 && b.breaks == 0 && time.Since(b.gained) > r.opts.ReadTimeout/2 {
+		return errTrickle
+	}
+	return nil
 }
 
 // readCurrent reads from the answer at hand, past what a whole blob has in
 // front of the range.
 func (b *registryBody) readCurrent(p []byte) (int, error) {
+	if err := b.patience(); err != nil {
+		return 0, err
+	}
 	if skip := b.off - b.cur.off; skip > 0 {
 		n, err := io.CopyN(io.Discard, b.cur, min(skip, 1<<20))
 		b.gain(n)
@@ -313,6 +373,9 @@ func (b *registryBody) readCurrent(p []byte) (int, error) {
 	}
 	return b.cur.Read(p[:min(int64(len(p)), b.end-b.off)])
 }
+
+// From returns which of the registry's hosts gave the last bytes.
+func (b *registryBody) From() int { return b.host.index }
 
 // Whole turns the body into that of the whole blob, if that is what the server
 // sends anyway; else it returns nil.

@@ -34,8 +34,10 @@ type Options struct {
 	// byte of an answer or after it, until the request has failed. 0: 10 s.
 	StallTimeout time.Duration
 
-	// ReadTimeout is how long one range may fail on all hosts, with no byte
-	// gained, until its error is final. 0: 60 s.
+	// ReadTimeout is how long one range may fail on all hosts, with nothing
+	// gained, until its error is final. 0: 60 s. Negative: for ever, so that
+	// reads wait for the registry to come back. What a host says it does not
+	// have (404) is an error at once.
 	ReadTimeout time.Duration
 
 	// Metrics counts the requests. Nil: not counted.
@@ -52,7 +54,7 @@ func (o Options) withDefaults() Options {
 	if o.StallTimeout <= 0 {
 		o.StallTimeout = 10 * time.Second
 	}
-	if o.ReadTimeout <= 0 {
+	if o.ReadTimeout == 0 {
 		o.ReadTimeout = 60 * time.Second
 	}
 	if o.Logger == nil {
@@ -153,19 +155,29 @@ func ReadConfig(ctx context.Context, s Source, m *Manifest) ([]byte, error) {
 	if m.Config.Size == 0 {
 		return nil, checkDigest(m.Config.Digest, nil)
 	}
-	body, err := s.Blob(m.Config).ReadRange(ctx, 0, m.Config.Size)
-	if err != nil {
-		return nil, fmt.Errorf("config %s: %w", m.Config.Digest, err)
-	}
-	defer body.Close()
-	raw, err := io.ReadAll(io.LimitReader(body, m.Config.Size))
-	if err == nil {
-		err = checkDigest(m.Config.Digest, raw)
+	b := s.Blob(m.Config)
+	raw, err := readDigest(ctx, b, m.Config)
+	if other, ok := Elsewhere(b); ok && errors.Is(err, errDigest) {
+		raw, err = readDigest(ctx, other, m.Config)
 	}
 	if err != nil {
 		return nil, fmt.Errorf("config %s: %w", m.Config.Digest, err)
 	}
 	return raw, nil
+}
+
+// readDigest reads a small blob and checks it.
+func readDigest(ctx context.Context, b Blob, d ocispec.Descriptor) ([]byte, error) {
+	body, err := b.ReadRange(ctx, 0, d.Size)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	raw, err := io.ReadAll(io.LimitReader(body, d.Size))
+	if err == nil {
+		err = checkDigest(d.Digest, raw)
+	}
+	return raw, err
 }
 
 // ReaderAt reads a blob of size bytes, each ReadAt by one request under ctx.
