@@ -8,23 +8,21 @@ import (
 	"io"
 	"sync"
 
-	"github.com/klauspost/compress/gzip"
-	"github.com/klauspost/compress/zstd"
-	"golang.org/x/sync/semaphore"
-
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
 )
 
 const (
-	// maxWindow bounds what a zstd frame may make its decoder allocate. 8 MiB
-	// is what RFC 8878 asks of decoders; level 20 of zstd needs 32.
-	maxWindow = 32 << 20
-
 	bodyBuffer  = 64 << 10
-	firstBuffer = 1 << 20 // of a chunk, before its data have shown that it needs more
-	keptBuffer  = 8 << 20 // what a scratch may keep
+	firstBuffer = 1 << 20 // of a chunk, before its data have shown that it needs more; what a scratch keeps
 )
+
+// windows are what zstd frames may make a decoder keep, by class: small ones,
+// 8 MiB, which RFC 8878 asks of every decoder, and the 32 of level 20 of zstd.
+// Larger ones are refused.
+var windows = [...]int64{1 << 20, 8 << 20, 32 << 20}
 
 // A spanReader gives the bytes of one span out of a body.
 type spanReader struct {
@@ -62,67 +60,106 @@ func (s *spanReader) fail(err error) error {
 	return nil
 }
 
-// A scratch is what decoding needs and can be used again.
+// A scratch is what decoding needs and can be used again, as far as it is small.
 type scratch struct {
 	body *bufio.Reader
 	gzip *gzip.Reader
-	zstd *zstd.Decoder
 	buf  []byte
+	wide bool // allow zstd every window, whatever the first frame says
 }
 
 var scratches = sync.Pool{New: func() any { return &scratch{body: bufio.NewReaderSize(nil, bodyBuffer)} }}
 
+// What is large is used for one span, under the memory that the span counts
+// for: chunks above firstBuffer, and the decoders of each class.
+var (
+	buffers  sync.Pool // of *[]byte
+	decoders [len(windows)]sync.Pool
+)
+
 // keep puts s back into the pool.
 func (s *scratch) keep() {
 	s.body.Reset(nil)
-	if cap(s.buf) > keptBuffer {
-		s.buf = nil
-	}
+	s.wide = false
 	scratches.Put(s)
 }
 
-// decompress returns a reader of what r decompresses to.
-func (s *scratch) decompress(c toc.Compression, r io.Reader) (io.Reader, error) {
+// class returns which of windows the span ahead needs, by the header of its
+// first frame, and how many bytes of it the decoder will use.
+func (s *scratch) class(r *spanReader) (class int, bytes int64) {
+	raw, _ := r.r.Peek(int(min(zstd.HeaderMaxSize, r.left))) // what is wrong with the body shows when it is read
+	var h zstd.Header
+	if h.Decode(raw) == nil && !h.Skippable {
+		bytes = int64(min(h.WindowSize, 1<<40))
+		if h.SingleSegment {
+			bytes = int64(min(h.FrameContentSize, 1<<40))
+		}
+	}
+	for class < len(windows)-1 && bytes > windows[class] {
+		class++
+	}
+	if s.wide {
+		class, bytes = len(windows)-1, windows[len(windows)-1]
+	}
+	return class, min(bytes, windows[class])
+}
+
+func decoder(class int) (*zstd.Decoder, error) {
+	if z, ok := decoders[class].Get().(*zstd.Decoder); ok {
+		return z, nil
+	}
+	// One block at a time, in the caller's goroutine: the cores are kept busy
+	// by other bodies. The limit of memory is that of frames of one segment.
+	return zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
+		zstd.WithDecoderMaxWindow(uint64(windows[class])), zstd.WithDecoderMaxMemory(uint64(windows[class])))
+}
+
+// decompress returns a reader of what r decompresses to. done ends its use.
+func (s *scratch) decompress(c toc.Compression, class int, r io.Reader) (_ io.Reader, done func(), err error) {
+	done = func() {}
 	switch c {
 	case toc.None:
-		return r, nil
+		return r, done, nil
 	case toc.Gzip:
 		if s.gzip == nil {
 			z, err := gzip.NewReader(r)
 			if err != nil {
-				return nil, noEOF(err)
+				return nil, done, noEOF(err)
 			}
 			s.gzip = z
-			return z, nil
+			return z, done, nil
 		}
 		if err := s.gzip.Reset(r); err != nil {
-			return nil, noEOF(err)
+			return nil, done, noEOF(err)
 		}
-		return s.gzip, nil
+		return s.gzip, done, nil
 	case toc.Zstd:
-		if s.zstd == nil {
-			// One block at a time, in the caller's goroutine: the cores are
-			// kept busy by other bodies.
-			z, err := zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true),
-				zstd.WithDecoderMaxWindow(maxWindow))
-			if err != nil {
-				return nil, err
-			}
-			s.zstd = z
+		z, err := decoder(class)
+		if err != nil {
+			return nil, done, err
 		}
-		if err := s.zstd.Reset(r); err != nil {
-			return nil, noEOF(err)
+		done = func() {
+			z.Reset(nil)
+			decoders[class].Put(z)
 		}
-		return s.zstd, nil
+		if err := z.Reset(r); err != nil {
+			return nil, done, noEOF(err)
+		}
+		return z, done, nil
 	}
-	return nil, errors.New(c.String())
+	return nil, done, errors.New(c.String())
 }
 
 // read fills a buffer of n bytes from r. What n says is not allocated before
 // data have come for it.
 func (s *scratch) read(r io.Reader, n int64) ([]byte, error) {
-	if int64(cap(s.buf)) < min(n, firstBuffer) {
-		s.buf = make([]byte, min(n, firstBuffer))
+	if int64(cap(s.buf)) < n {
+		// One that is much larger than n would count for less than it is.
+		if b, ok := buffers.Get().(*[]byte); ok && int64(cap(*b)) <= max(firstBuffer, 2*n) && cap(*b) > cap(s.buf) {
+			s.buf = *b
+		} else if int64(cap(s.buf)) < min(n, firstBuffer) {
+			s.buf = make([]byte, min(n, firstBuffer))
+		}
 	}
 	s.buf = s.buf[:cap(s.buf)]
 	for have := int64(0); ; {
@@ -137,6 +174,15 @@ func (s *scratch) read(r io.Reader, n int64) ([]byte, error) {
 		grown := make([]byte, min(n, 2*int64(len(s.buf))))
 		copy(grown, s.buf[:have])
 		s.buf = grown
+	}
+}
+
+// shrink gives a large buffer back.
+func (s *scratch) shrink() {
+	if cap(s.buf) > firstBuffer {
+		b := s.buf
+		s.buf = nil
+		buffers.Put(&b)
 	}
 }
 
@@ -168,11 +214,32 @@ func spanOf(x *image.Index, chunk int) span {
 // chunks that are missing and have their digest. It returns the chunks that
 // are wrong, each with its *DigestError or *DecodeError, or the error that
 // keeps it from going on: a *StoreError, r's own or the context's.
-// Bytes of chunks in memory count against mem, at most all of it.
+// The largest chunk and the decompressor's window count against mem, at most
+// all of it.
 func store(ctx context.Context, x *image.Index, sp span, r *spanReader, s *scratch, sink Sink, mem chunkMemory) (map[int]error, error) {
 	wrong := map[int]error{}
-	layer := x.Chunk(sp.first).Layer
-	z, err := s.decompress(x.Layers()[layer].Compression, r)
+	largest := int64(0)
+	for j := sp.first; j < sp.end; j++ {
+		if sink.Missing(j) {
+			largest = max(largest, x.Chunk(j).Size)
+		}
+	}
+	if largest == 0 {
+		return wrong, nil
+	}
+	c := x.Layers()[x.Chunk(sp.first).Layer].Compression
+	class, window := 0, int64(0)
+	if c == toc.Zstd {
+		class, window = s.class(r)
+	}
+	weight, err := mem.acquire(ctx, largest+window)
+	if err != nil {
+		return wrong, err
+	}
+	defer mem.release(weight)
+	defer s.shrink()
+	z, done, err := s.decompress(c, class, r)
+	defer done()
 	pos := int64(0)
 	for first, end := sp.first, 0; first < sp.end; first = end {
 		// Chunks are in order and apart, or the same bytes (package image).
@@ -191,20 +258,12 @@ func store(ctx context.Context, x *image.Index, sp span, r *spanReader, s *scrat
 			return wrong, context.Cause(ctx)
 		}
 		if err == nil {
-			weight, merr := mem.acquire(ctx, c.Size)
-			if merr != nil {
-				return wrong, merr
-			}
 			var data []byte
 			var fatal error
 			if data, err = s.read(z, c.Size); err == nil {
 				pos = c.InnerOffset + c.Size
 				fatal = put(x, first, end, data, sink, wrong)
 			}
-			if cap(s.buf) > keptBuffer {
-				s.buf = nil
-			}
-			mem.release(weight)
 			if fatal != nil {
 				return wrong, fatal
 			}
@@ -254,25 +313,3 @@ func put(x *image.Index, first, end int, data []byte, sink Sink, wrong map[int]e
 	}
 	return nil
 }
-
-// chunkMemory is what store takes the bytes of chunks from.
-type chunkMemory interface {
-	acquire(ctx context.Context, n int64) (int64, error)
-	release(n int64)
-}
-
-// A memory bounds the bytes of chunks that are held at once.
-type memory struct {
-	size int64
-	*semaphore.Weighted
-}
-
-func newMemory(size int64) *memory { return &memory{size, semaphore.NewWeighted(size)} }
-
-// acquire waits for n bytes; what is more than all of it counts as all.
-func (m *memory) acquire(ctx context.Context, n int64) (int64, error) {
-	n = min(n, m.size)
-	return n, m.Acquire(ctx, n)
-}
-
-func (m *memory) release(n int64) { m.Release(n) }

@@ -59,7 +59,7 @@ func storeSpan(x *image.Index, data []byte, sink Sink) (map[int]error, error) {
 	defer s.keep()
 	s.body.Reset(bytes.NewReader(data))
 	sp := spanOf(x, 0)
-	return store(ctx, x, sp, &spanReader{r: s.body, left: sp.limit - sp.off}, s, sink, newMemory(defaultMemory))
+	return store(ctx, x, sp, &spanReader{r: s.body, left: sp.limit - sp.off}, s, sink, newMemory(DefaultMemory))
 }
 
 func gzipped(parts ...[]byte) []byte {

@@ -75,7 +75,7 @@ func (f *Fetcher) coming(sp span) *job {
 		}
 		// The rest of a fill's range in front of the span comes at this
 		// stream's part of the link; a request takes a round trip.
-		if j.started && sp.off-j.pos.Load() <= f.link.ahead() {
+		if (j.started || j.urgent) && sp.off-j.pos.Load() <= f.link.ahead() {
 			near = j
 		}
 	}

@@ -18,11 +18,12 @@
 //
 //	demand    Need: a reader waits. Goes first. Fetches ahead what one more
 //	          round trip would cost more than.
-//	prefetch  Fill: the layers' prioritized files, one range each
+//	prefetch  Fill: what its caller knows will be wanted, in that order; then
+//	          the layers' prioritized files, one range each
 //	fill      Fill: all the rest in order, in long ranges, several at once
 //
 // While a demand request is under way, only the oldest of the other requests
-// goes on receiving.
+// goes on receiving, and those for what is known to be wanted.
 //
 //	Need, Fill ─► job: one range, its spans in order ─► body ─► decompress ─► SHA-256 ─► Sink.Put
 //

@@ -27,10 +27,13 @@ type Sink interface {
 
 // FetchOptions are options of New. The zero value is right.
 type FetchOptions struct {
-	// Memory bounds the uncompressed bytes of chunks that are held at once.
-	// A chunk that is larger than its class's part (a quarter for demand, the
-	// rest for fill) is held alone. 0: 256 MiB.
-	Memory int64
+	// Share is what this Fetcher has together with the others of the process.
+	// Nil: the default's memory for itself, and no limit of its rate.
+	Share *Share
+
+	// First is what Fill brings before all else, in this order: what readers
+	// will want. What is not in the image is passed over.
+	First []Part
 
 	// Streams is how many ranges Fill receives at once. 0: 6.
 	Streams int
@@ -42,9 +45,14 @@ type FetchOptions struct {
 	Logger *slog.Logger
 }
 
+// A Part is some bytes of a content, by its number in the index.
+type Part struct {
+	Content int
+	Off, N  int64
+}
+
 // Defaults and bounds.
 const (
-	defaultMemory = 256 << 20
 	// Six streams keep a lossy link full; on a fast one, two cores are busy
 	// decompressing from three on (BenchmarkFill).
 	defaultStreams = 6
@@ -77,9 +85,6 @@ type Fetcher struct {
 	link   *link
 
 	demand, prefetch, fill *tally
-	demandMemory           *memory
-	fillMemory             *memory
-	starved                atomic.Int32 // fill jobs that wait for memory
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelCauseFunc
@@ -116,8 +121,8 @@ type reader struct {
 // New makes a Fetcher for the image of x, whose i-th layer is blobs[i]. It does
 // no request and starts nothing yet.
 func New(x *image.Index, blobs []Blob, sink Sink, o FetchOptions) *Fetcher {
-	if o.Memory <= 0 {
-		o.Memory = defaultMemory
+	if o.Share == nil {
+		o.Share = NewShare(0, 0)
 	}
 	if o.Streams <= 0 {
 		o.Streams = defaultStreams
@@ -127,13 +132,11 @@ func New(x *image.Index, blobs []Blob, sink Sink, o FetchOptions) *Fetcher {
 	}
 	f := &Fetcher{
 		x: x, layers: x.Layers(), blobs: blobs, sink: sink, opts: o, link: newLink(),
-		demand:       &tally{class: metrics.Demand, metrics: o.Metrics},
-		prefetch:     &tally{class: metrics.Prefetch, metrics: o.Metrics},
-		fill:         &tally{class: metrics.Fill, metrics: o.Metrics},
-		demandMemory: newMemory(max(1, o.Memory/4)),
-		fillMemory:   newMemory(max(1, o.Memory-o.Memory/4)),
-		waiting:      map[*waiter]struct{}{},
-		readers:      map[int]*reader{},
+		demand:   &tally{class: metrics.Demand, metrics: o.Metrics},
+		prefetch: &tally{class: metrics.Prefetch, metrics: o.Metrics},
+		fill:     &tally{class: metrics.Fill, metrics: o.Metrics},
+		waiting:  map[*waiter]struct{}{},
+		readers:  map[int]*reader{},
 	}
 	f.resume.L = &f.mu
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())

@@ -1,6 +1,7 @@
 package fetcher
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -25,15 +26,19 @@ type filling struct {
 
 	// Guarded by Fetcher.mu.
 	done   bool         // nothing is left to take
+	first  []span       // of FetchOptions.First, in its order, that no range was made for
+	batch  int64        // bytes of the next ranges from first
 	ranges []span       // prefetch, in order
+	urgent bool         // ranges are from first
+	marked bool         // ranges of the prioritized files were made
 	next   int          // the first chunk that no range was made for
 	bad    map[int]bool // layers whose blob could not be had
 	errs   []error      // of chunks and layers
 	fatal  error        // of the disk
 }
 
-// Fill brings everything that is missing: first the layers' prioritized files,
-// then all the rest in order. A nil error promises that nothing is missing. Of
+// Fill brings everything that is missing: first FetchOptions.First, then the
+// layers' prioritized files, then all the rest in order. A nil error promises that nothing is missing. Of
 // a layer whose blob cannot be had, and of chunks that are wrong, it brings
 // what it can, and returns the first error of each kind in the end. Several
 // calls at once take turns.
@@ -97,10 +102,7 @@ func (f *Fetcher) countMissing() int {
 
 // pass goes over all chunks once.
 func (f *Fetcher) pass(ctx context.Context) error {
-	p := &filling{f: f, ctx: ctx, bad: map[int]bool{}}
-	for i, l := range f.layers {
-		p.ranges = append(p.ranges, f.prefetchRanges(i, l.PrefetchEnd)...)
-	}
+	p := &filling{f: f, ctx: ctx, bad: map[int]bool{}, first: f.firstSpans(), batch: 4 * f.link.ahead()}
 	stop := context.AfterFunc(ctx, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -118,6 +120,78 @@ func (f *Fetcher) pass(ctx context.Context) error {
 		return p.fatal
 	}
 	return joined(p.errs)
+}
+
+// firstSpans returns the missing spans of FetchOptions.First, in its order.
+func (f *Fetcher) firstSpans() []span {
+	var spans []span
+	seen := map[int]bool{}
+	for _, part := range f.opts.First {
+		if part.Content < 0 || part.Content >= f.x.Contents() || part.Off < 0 {
+			continue
+		}
+		c := f.x.Content(part.Content)
+		for k := f.chunkAt(part.Content, c, part.Off); k < c.Chunks; k++ {
+			j := f.x.ContentChunk(part.Content, k)
+			ch := f.x.Chunk(j)
+			if ch.FileOffset-part.Off >= part.N {
+				break
+			}
+			if ch.Zero || !f.sink.Missing(j) {
+				continue
+			}
+			if sp := spanOf(f.x, j); !seen[sp.first] {
+				seen[sp.first] = true
+				spans = append(spans, sp)
+			}
+		}
+	}
+	return spans
+}
+
+// more makes the next ranges to prefetch, and reports whether there are any:
+// from the first spans so many that they come together in a moment, and of
+// those one range for what lies side by side; then the prioritized files.
+// f.mu is held.
+func (p *filling) more() bool {
+	f := p.f
+	if len(p.first) > 0 {
+		var batch []span
+		for bytes := int64(0); len(p.first) > 0 && (len(batch) == 0 || bytes+p.first[0].limit-p.first[0].off <= p.batch); p.first = p.first[1:] {
+			if sp := p.first[0]; f.spanMissing(sp) && !f.covered(sp) {
+				batch = append(batch, sp)
+				bytes += sp.limit - sp.off
+			}
+		}
+		p.batch = min(2*p.batch, maxFill)
+		// Numbers of chunks are in the order of layers and offsets.
+		slices.SortFunc(batch, func(a, b span) int { return cmp.Compare(a.first, b.first) })
+		gap := f.link.ahead()
+		for _, sp := range batch {
+			n := len(p.ranges)
+			if n > 0 && f.x.Chunk(p.ranges[n-1].first).Layer == f.x.Chunk(sp.first).Layer && sp.off-p.ranges[n-1].limit <= gap {
+				p.ranges[n-1].end, p.ranges[n-1].limit = sp.end, sp.limit
+			} else {
+				p.ranges = append(p.ranges, sp)
+			}
+		}
+		p.urgent = true
+		return true
+	}
+	if p.urgent = false; !p.marked {
+		p.marked = true
+		for i, l := range f.layers {
+			p.ranges = append(p.ranges, f.prefetchRanges(i, l.PrefetchEnd)...)
+		}
+		return true
+	}
+	return false
+}
+
+// hurries reports whether the next job will be of what readers are known to
+// want: it waits for no demand, which it is the next of. f.mu is held.
+func (p *filling) hurries() bool {
+	return len(p.first) > 0 || p.urgent && len(p.ranges) > 0
 }
 
 // prefetchRanges returns the chunks of a layer's prioritized files, which end
@@ -147,7 +221,7 @@ func (p *filling) stream() {
 	f := p.f
 	for {
 		f.mu.Lock()
-		for !p.done && p.ctx.Err() == nil && (f.yields(nil) || p.holds()) {
+		for !p.done && p.ctx.Err() == nil && !p.hurries() && (f.yields(nil) || p.holds()) {
 			f.resume.Wait()
 		}
 		j := p.take()
@@ -168,7 +242,7 @@ func (p *filling) stream() {
 
 // holds reports whether fill has to wait for prefetch. f.mu is held.
 func (p *filling) holds() bool {
-	return len(p.ranges) == 0 && slices.ContainsFunc(p.f.jobs, func(j *job) bool { return j.tally == p.f.prefetch })
+	return len(p.ranges) == 0 && p.marked && slices.ContainsFunc(p.f.jobs, func(j *job) bool { return j.tally == p.f.prefetch })
 }
 
 // zeros puts the chunks that need no request, when no reader waits.
@@ -222,12 +296,17 @@ func (p *filling) take() *job {
 	if p.ctx.Err() != nil || p.fatal != nil || f.closed {
 		return nil
 	}
-	for len(p.ranges) > 0 {
+	for len(p.ranges) > 0 || p.more() {
+		if len(p.ranges) == 0 {
+			continue
+		}
 		r := p.ranges[0]
 		p.ranges = p.ranges[1:]
 		layer := f.x.Chunk(r.first).Layer
 		if !p.bad[layer] {
-			return f.newJob(p.ctx, f.prefetch, time.Time{}, layer, r)
+			j := f.newJob(p.ctx, f.prefetch, time.Time{}, layer, r)
+			j.urgent = p.urgent
+			return j
 		}
 	}
 	_, rate := f.link.estimate()

@@ -20,6 +20,7 @@ type job struct {
 	ctx     context.Context
 	cancel  context.CancelCauseFunc
 	pos     atomic.Int64 // how far into the blob the body has been decoded
+	urgent  bool         // a prefetch that does not pause
 	dropped error        // set before f.end: what the spans' chunks were refused for
 
 	// Guarded by Fetcher.mu.
@@ -148,28 +149,31 @@ func (f *Fetcher) takes(j *job, sp span) bool {
 // memoryOf returns the memory that a job's chunks count against.
 func (f *Fetcher) memoryOf(j *job) chunkMemory {
 	if j.tally == f.demand {
-		return f.demandMemory
+		return f.opts.Share.demand
 	}
-	return fillMemory{f}
+	return fillMemory{f, f.opts.Share}
 }
 
 // fillMemory keeps a job from pausing with memory that another waits for.
-type fillMemory struct{ f *Fetcher }
+type fillMemory struct {
+	f *Fetcher
+	s *Share
+}
 
 func (m fillMemory) acquire(ctx context.Context, n int64) (int64, error) {
-	n = min(n, m.f.fillMemory.size)
-	if m.f.fillMemory.TryAcquire(n) {
+	n = min(n, m.s.fill.size)
+	if m.s.fill.TryAcquire(n) {
 		return n, nil
 	}
 	m.f.mu.Lock()
-	m.f.starved.Add(1)
+	m.s.starved.Add(1)
 	m.f.resume.Broadcast()
 	m.f.mu.Unlock()
-	defer m.f.starved.Add(-1)
-	return m.f.fillMemory.acquire(ctx, n)
+	defer m.s.starved.Add(-1)
+	return m.s.fill.acquire(ctx, n)
 }
 
-func (m fillMemory) release(n int64) { m.f.fillMemory.release(n) }
+func (m fillMemory) release(n int64) { m.s.fill.release(n) }
 
 // again asks for a span with wrong chunks, which came from a body, once more,
 // elsewhere if it can be had elsewhere, and returns what is still wrong.
@@ -197,6 +201,7 @@ func (f *Fetcher) again(j *job, came io.ReadCloser, sp span, wrong map[int]error
 	s := scratches.Get().(*scratch)
 	defer s.keep()
 	s.body.Reset(body)
+	s.wide = true // a later frame of the span may have a larger window than the first
 	return store(j.ctx, f.x, sp, &spanReader{r: s.body, left: sp.limit - sp.off}, s, f.sink, f.memoryOf(j))
 }
 
@@ -304,9 +309,23 @@ func (b *jobBody) Read(p []byte) (int, error) {
 		}
 		b.receive(true)
 	}
+	limit := b.f.opts.Share.rate
+	if limit != nil {
+		p = p[:min(len(p), limit.slice())]
+	}
 	n, err := b.src.Read(p)
 	b.f.link.received(n)
+	if limit != nil && n > 0 {
+		limit.take(b.j.ctx, n, b.f.awaited(b.j))
+	}
 	return n, err
+}
+
+// awaited reports whether a reader waits for the job.
+func (f *Fetcher) awaited(j *job) bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return j.tally == f.demand || len(j.waits) > 0
 }
 
 func (b *jobBody) receive(on bool) {
@@ -377,11 +396,11 @@ func (f *Fetcher) pause(j *job) error {
 // yields reports whether j, or a fill job yet to be made (nil), has to pause:
 // demand is waiting, though not for j, and j is not the oldest. f.mu is held.
 func (f *Fetcher) yields(j *job) bool {
-	if !f.pressing.Load() || f.starved.Load() > 0 || j != nil && len(j.waits) > 0 {
+	if !f.pressing.Load() || f.opts.Share.starved.Load() > 0 || j != nil && (j.urgent || len(j.waits) > 0) {
 		return false
 	}
 	for _, o := range f.jobs {
-		if o.tally != f.demand {
+		if o.tally != f.demand && !o.urgent {
 			return o != j
 		}
 	}

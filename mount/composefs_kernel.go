@@ -172,6 +172,7 @@ type overlay struct {
 	source      string
 	lower       *os.File // the EROFS mount
 	objects     []string // data-only lowers
+	data        *os.File // a mount that is the last of them; may be nil
 	upper, work string   // both or none
 	readOnly    bool
 	enforce     bool // verity=require
@@ -182,11 +183,15 @@ type overlay struct {
 func (o *overlay) mount() (*os.File, error) {
 	m, err := o.build()
 	if refused(err, "create") {
-		perr := kmount.InPrivate(o.lower, func() (err error) { m, err = o.build(); return err })
+		mounts := []*os.File{o.lower}
+		if o.data != nil {
+			mounts = append(mounts, o.data)
+		}
+		perr := kmount.InPrivate(func() (err error) { m, err = o.build(); return err }, mounts...)
 		if perr == nil {
 			return m, nil
 		}
-		err = fmt.Errorf("%w; with its lower attached: %w", err, perr)
+		err = fmt.Errorf("%w; with its lowers attached: %w", err, perr)
 	}
 	return m, err
 }
@@ -221,6 +226,9 @@ func (o *overlay) build() (*os.File, error) {
 		}
 	}
 	upper, work, objects := dirs[0], dirs[1], dirs[2:]
+	if o.data != nil {
+		objects = append(objects, kmount.Path(o.data))
+	}
 	if upper != "" {
 		params = append(params, kmount.String("upperdir", upper), kmount.String("workdir", work))
 	}

@@ -20,6 +20,7 @@ type lazyContents struct {
 	index *image.Index
 	local *cache.Contents
 	fetch *fetcher.Fetcher
+	seen  *recorder
 }
 
 var _ fusefs.Objects = (*lazyContents)(nil)
@@ -37,6 +38,7 @@ func (l *lazyContents) ReadAt(ctx context.Context, object string, p []byte, off 
 	if !ok {
 		return 0, false, fmt.Errorf("content %s: not in the image's index of chunks", digest)
 	}
+	l.seen.note(content, off, int64(len(p)))
 	n, attempts := 0, 0
 	for {
 		k, err := l.local.ReadAt(content, p[n:], off+int64(n))

@@ -22,6 +22,7 @@ import (
 // socket of the runtime folder, and keeps the mount's record there:
 //
 //	GET /status            the Status as JSON
+//	GET /profile           the access profile as JSON (image.Profile)
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
 type Control struct {
 	mount *Mount
@@ -47,6 +48,7 @@ func NewControl(m *Mount) (*Control, error) {
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", c.status)
 	mux.HandleFunc("GET /wait", c.wait)
+	mux.HandleFunc("GET /profile", c.profile)
 	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	if err := files.save(m.Status()); err != nil {
 		l.Close()

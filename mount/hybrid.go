@@ -69,19 +69,19 @@ func (m *Mount) serveHybrid(contents *lazyContents, o fusefs.Options) error {
 // and a FUSE mount of all, visible nowhere yet. Its source is the path of the
 // image, by which it is recognised.
 func hybridMount(r *erofs.Reader, imagePath, contents string, data *os.File) (*os.File, error) {
-	short, closeShort, err := shortPath(imagePath)
+	image, err := os.Open(imagePath)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("mount the lazy image: %w", err)
 	}
-	defer closeShort()
-	lower, err := erofsMount(short, !r.Header().HasACL)
+	defer image.Close()
+	lower, err := erofsMount(kmount.Path(image), !r.Header().HasACL)
 	if err != nil {
 		return nil, err
 	}
 	defer lower.Close()
 	o := overlay{
 		source: imagePath[max(0, len(imagePath)-kmount.MaxString):], lower: lower,
-		objects: []string{contents, kmount.Path(data)}, readOnly: true,
+		objects: []string{contents}, data: data, readOnly: true,
 	}
 	return o.mount()
 }

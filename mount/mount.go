@@ -13,13 +13,14 @@
 // images/<manifest digest>/ has a sealed.json whose digest sealed.erofs has.
 //
 // What an image's folder holds (written whole, as a folder, or not at all; the
-// last two when it is sealed):
+// next two when it is sealed, the last when something was read):
 //
 //	manifest.json  the image manifest, byte for byte
 //	lazy.erofs     the merged tree; each file refers to its content digest
 //	chunks         where each content's chunks lie in the layers (package image)
 //	sealed.erofs   the same tree, at the same nids; files refer to fs-verity digests
 //	sealed.json    the fs-verity digest of sealed.erofs, and what the kernel enforces of it
+//	profile.json   what programs read first, in order (image.Profile)
 package mount
 
 import (
@@ -75,6 +76,9 @@ type Options struct {
 	// InsecureTOC takes layers whose table of contents no manifest vouches
 	// for.
 	InsecureTOC bool
+	// Share is the memory and the rate of what this process fetches. Nil: the
+	// default's.
+	Share *fetcher.Share
 	// Refresh asks a registry what a tag stands for, even if the store knows
 	// an answer. Local sources are always asked.
 	Refresh bool
@@ -92,16 +96,18 @@ type Mount struct {
 	mountpoint string
 	source     string
 
-	store    *cache.Store
-	image    *preparedImage // nil for composefs: sources
-	contents *cache.Contents
-	fetch    *fetcher.Fetcher
-	src      fetcher.Source
-	reader   *erofs.Reader
-	server   *fusefs.Server
-	objects  *objectFolders // of a composefs: source
-	reports  reports
-	started  time.Time
+	store     *cache.Store
+	image     *preparedImage // nil for composefs: sources
+	contents  *cache.Contents
+	fetch     *fetcher.Fetcher
+	record    *recorder      // nil for composefs: sources
+	inherited []image.Access // the profile of a related image
+	src       fetcher.Source
+	reader    *erofs.Reader
+	server    *fusefs.Server
+	objects   *objectFolders // of a composefs: source
+	reports   reports
+	started   time.Time
 
 	stop   context.CancelFunc
 	run    sync.WaitGroup
@@ -195,6 +201,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	bg, stop := context.WithCancel(context.Background())
 	m.stop = stop
 	m.run.Go(func() { m.conduct(bg) })
+	m.run.Go(func() { m.keepProfile(bg) })
 	return m, nil
 }
 
@@ -208,11 +215,12 @@ func (m *Mount) serve() error {
 	for i, desc := range m.image.layers {
 		blobs[i] = m.src.Blob(desc)
 	}
-	m.fetch = fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{Metrics: m.opts.Metrics, Logger: m.log})
+	m.fetch = fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{
+		Share: m.opts.Share, First: m.startProfile(), Metrics: m.opts.Metrics, Logger: m.log})
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
-	contents := &lazyContents{m.image.index, m.contents, m.fetch}
+	contents := &lazyContents{m.image.index, m.contents, m.fetch, m.record}
 	o := fusefs.Options{Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError}
 	if hybrid {
 		err = m.serveHybrid(contents, o)

@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -294,9 +295,16 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []i
 			if err != nil {
 				return fmt.Errorf("layer %d: %w", i, err)
 			}
-			r := &countingReaderAt{fetcher.ReaderAt(gctx, m.src.Blob(desc), desc.Size), &requests, &bytes}
+			blob := m.src.Blob(desc)
+			r := &countingReaderAt{r: fetcher.ReaderAt(gctx, blob, desc.Size), requests: &requests, bytes: &bytes}
 			o := toc.Options{Annotations: desc.Annotations, InsecureTOC: manifest.LocalLayer}
 			t, err := toc.Read(r, desc.Size, o)
+			if other, ok := fetcher.Elsewhere(blob); ok && err != nil && !r.failed && !errors.Is(err, toc.ErrNoTOCDigest) {
+				// The bytes came, and are not what they should be.
+				m.log.Debug("a table of contents is asked for again", "layer", i, "error", err)
+				r.r = fetcher.ReaderAt(gctx, other, desc.Size)
+				t, err = toc.Read(r, desc.Size, o)
+			}
 			if errors.Is(err, toc.ErrNoTOCDigest) && m.opts.InsecureTOC {
 				unvouched.Store(true)
 				o.InsecureTOC = true
@@ -336,11 +344,13 @@ type countingReaderAt struct {
 		ReadAt(p []byte, off int64) (int, error)
 	}
 	requests, bytes *atomic.Int64
+	failed          bool // for another reason than the blob's end
 }
 
 func (c *countingReaderAt) ReadAt(p []byte, off int64) (int, error) {
 	n, err := c.r.ReadAt(p, off)
 	c.requests.Add(1)
 	c.bytes.Add(int64(n))
+	c.failed = c.failed || err != nil && err != io.EOF
 	return n, err
 }

@@ -52,10 +52,11 @@ type mountFlags struct {
 	digest, pull     string
 	fill, foreground bool
 	metricsAddr      string
+	memory, rate     bytesFlag
 }
 
 func newMount(g *global) *cobra.Command {
-	var f mountFlags
+	f := mountFlags{memory: fetcher.DefaultMemory}
 	cmd := &cobra.Command{
 		Use:     "mount [flags] SOURCE MOUNTPOINT",
 		Short:   "Mount an image",
@@ -77,12 +78,18 @@ func newMount(g *global) *cobra.Command {
 	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
 	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
 	fl.BoolVar(&f.fill, "fill", true, "fetch in the background what nobody has read yet")
+	fl.Var(&f.memory, "fetch-memory", "`size` of what may be in memory of what is being fetched, e.g. 64MiB")
+	fl.Var(&f.rate, "limit-rate", "fetch no more than `size` a second, e.g. 10MB, what programs wait for first (default no limit)")
+	fl.DurationVar(&f.opts.Source.ReadTimeout, "read-timeout", time.Minute, "`time` after which a read fails that no registry answers; 0 to wait for ever")
 	fl.StringVar(&f.metricsAddr, "metrics", "", "serve Prometheus metrics at `address`/metrics, e.g. 127.0.0.1:9100")
 	fl.BoolVar(&f.opts.InsecureTOC, "insecure-toc", false, "take layers whose table of contents the manifest does not vouch for")
 	fl.StringArrayVar(&f.opts.Objects, "objects", nil, "`folder` of objects of a composefs: source (may be repeated)")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, log to standard error, unmount on Ctrl-C")
 	return cmd
 }
+
+// minMemory is what two chunks of the usual size take.
+const minMemory = 8 << 20
 
 // check turns the flags into Options, before anything is touched.
 func (f *mountFlags) check(g *global) error {
@@ -94,6 +101,16 @@ func (f *mountFlags) check(g *global) error {
 	if err != nil {
 		return usageError{err}
 	}
+	if f.memory < minMemory {
+		return usageError{fmt.Errorf("--fetch-memory %s: want at least %s", &f.memory, size(minMemory))}
+	}
+	switch t := &f.opts.Source.ReadTimeout; {
+	case *t < 0:
+		return usageError{fmt.Errorf("--read-timeout %v: negative", *t)}
+	case *t == 0:
+		*t = -1 // for ever
+	}
+	f.opts.Share = fetcher.NewShare(int64(f.memory), int64(f.rate))
 	f.opts.Swap, f.opts.Verity = mount.Policy(f.swap), mount.Policy(f.verity)
 	f.opts.Backend = mount.Backend(f.backend)
 	f.opts.Refresh, f.opts.NoFill = f.pull == "always", !f.fill
@@ -149,6 +166,7 @@ const stopTime = 10 * time.Second
 
 // serve mounts and stays until nothing is left to do or ctx ends.
 func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready *readiness) error {
+	limitHeap(int64(f.memory))
 	reg := prometheus.NewRegistry()
 	f.opts.Metrics = metrics.New(reg)
 	var endpoint *metricsServer

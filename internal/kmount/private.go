@@ -9,14 +9,15 @@ import (
 )
 
 // InPrivate calls fn on a thread in a mount namespace of its own, a copy of
-// ours, in which the detached mount m is attached. It is for kernels before
+// ours, in which the detached mounts are attached. It is for kernels before
 // 6.15, where overlayfs takes only such mounts as lowers that are attached in
 // the caller's namespace (clone_private_mount: "failed to clone lowerpath").
-// Nobody else sees m meanwhile. What fn builds stays when the namespace goes
-// with the thread; m is attached nowhere afterwards, and Path(m) names it still.
-func InPrivate(m *os.File, fn func() error) error {
+// Nobody else sees them meanwhile. What fn builds stays when the namespace goes
+// with the thread; the mounts are attached nowhere afterwards, and Path names
+// them still.
+func InPrivate(fn func() error, mounts ...*os.File) error {
 	done := make(chan error)
-	go onThread(func() error { return inPrivate(m, fn) }, done)
+	go onThread(func() error { return inPrivate(fn, mounts) }, done)
 	return <-done
 }
 
@@ -36,7 +37,7 @@ func onThread(fn func() error, done chan<- error) {
 	done <- err
 }
 
-func inPrivate(m *os.File, fn func() error) error {
+func inPrivate(fn func() error, mounts []*os.File) error {
 	if err := unix.Unshare(unix.CLONE_NEWNS); err != nil {
 		return fmt.Errorf("mount namespace to build a mount in: %w", err)
 	}
@@ -44,9 +45,12 @@ func inPrivate(m *os.File, fn func() error) error {
 	if err := unix.Mount("", "/", "", unix.MS_REC|unix.MS_PRIVATE, ""); err != nil {
 		return fmt.Errorf("mount namespace to build a mount in: %w", err)
 	}
-	// Over the root: paths are looked up beneath it, from the thread's root.
-	if err := Attach(m, "/"); err != nil {
-		return err
+	// Over the root, one over the other: paths are looked up beneath them, from
+	// the thread's root.
+	for _, m := range mounts {
+		if err := Attach(m, "/"); err != nil {
+			return err
+		}
 	}
 	return fn()
 }

@@ -33,16 +33,22 @@ func TestInPrivate(t *testing.T) {
 				return
 			}
 			defer lower.Close()
-			err = InPrivate(lower, func() error {
+			second, err := New("tmpfs", 0)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer second.Close()
+			err = InPrivate(func() error {
 				if now, err := os.Readlink("/proc/self/ns/mnt"); err != nil || now != before {
 					t.Errorf("meanwhile the process is in %s, %v; want %s", now, err, before)
 				}
 				if here, err := os.Readlink("/proc/thread-self/ns/mnt"); err != nil || here == before {
 					t.Errorf("the thread is in %s, %v; want a namespace of its own", here, err)
 				}
-				made[i], err = New("overlay", 0, String("lowerdir", Path(lower)+":"+dir))
+				made[i], err = New("overlay", 0, String("lowerdir", Path(lower)+":"+Path(second)+":"+dir))
 				return err
-			})
+			}, lower, second)
 			if err != nil {
 				t.Error(err)
 			}
