@@ -40,17 +40,21 @@ func TestMain(m *testing.M) {
 // It must come before what the test starts and its cleanups stop.
 func leakFree(t testing.TB) {
 	before := runtime.NumGoroutine()
-	t.Cleanup(func() {
-		deadline := time.Now().Add(3 * time.Second)
-		for runtime.NumGoroutine() > before {
-			if time.Now().After(deadline) {
-				buf := make([]byte, 1<<20)
-				t.Errorf("%d goroutines, %d at the beginning:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
-				return
-			}
-			time.Sleep(5 * time.Millisecond)
+	t.Cleanup(func() { noMore(t, before) })
+}
+
+// noMore fails the test if there are more goroutines than before, after a moment.
+func noMore(t testing.TB, before int) {
+	t.Helper()
+	deadline := time.Now().Add(3 * time.Second)
+	for runtime.NumGoroutine() > before {
+		if time.Now().After(deadline) {
+			buf := make([]byte, 1<<20)
+			t.Errorf("%d goroutines, %d at the beginning:\n%s", runtime.NumGoroutine(), before, buf[:runtime.Stack(buf, true)])
+			return
 		}
-	})
+		time.Sleep(5 * time.Millisecond)
+	}
 }
 
 // quick are options for tests of failures.

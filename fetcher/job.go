@@ -186,11 +186,11 @@ func (f *Fetcher) again(j *job, came io.ReadCloser, sp span, wrong map[int]error
 	var body io.ReadCloser
 	var err error
 	other, ok := blob.(interface {
-		ReadRangeFrom(ctx context.Context, off, n int64, skip int) (io.ReadCloser, error)
+		ReadRangeAvoiding(ctx context.Context, off, n int64, host int) (io.ReadCloser, error)
 	})
 	from, ok2 := came.(interface{ From() int })
 	if ok && ok2 {
-		body, err = other.ReadRangeFrom(j.ctx, sp.off, sp.limit-sp.off, from.From()+1)
+		body, err = other.ReadRangeAvoiding(j.ctx, sp.off, sp.limit-sp.off, from.From())
 	} else {
 		body, err = blob.ReadRange(j.ctx, sp.off, sp.limit-sp.off)
 	}

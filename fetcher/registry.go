@@ -179,7 +179,7 @@ func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) 
 	q.deadline = r.deadline(time.Now())
 	ctx = withTally(ctx, tallyOf(ctx, r.metadata))
 	var raw []byte
-	err := r.ask(ctx, q, 0, func(h *host) error {
+	err := r.ask(ctx, q, 0, -1, func(h *host) error {
 		a, err := h.get(ctx, q, nil)
 		if err != nil {
 			return err
@@ -187,6 +187,9 @@ func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) 
 		defer a.close()
 		if a.resp.StatusCode != http.StatusOK {
 			return a.statusError()
+		}
+		if limit := r.opts.ReadTimeout / 2; limit > 0 { // for one that trickles
+			a.deadline = time.Now().Add(limit)
 		}
 		raw, err = io.ReadAll(io.LimitReader(a, maxManifest+1))
 		if err == nil && len(raw) > maxManifest {
@@ -266,12 +269,16 @@ type target struct {
 }
 
 func (b *registryBlob) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
-	return b.ReadRangeFrom(ctx, off, n, 0)
+	return b.readRange(ctx, off, n, -1)
 }
 
-// ReadRangeFrom is ReadRange beginning with another host than the first, if
-// there is one: skip places further in the list.
-func (b *registryBlob) ReadRangeFrom(ctx context.Context, off, n int64, skip int) (io.ReadCloser, error) {
+// ReadRangeAvoiding is ReadRange from another host than the one of that number,
+// if any other has the blob.
+func (b *registryBlob) ReadRangeAvoiding(ctx context.Context, off, n int64, host int) (io.ReadCloser, error) {
+	return b.readRange(ctx, off, n, host)
+}
+
+func (b *registryBlob) readRange(ctx context.Context, off, n int64, avoid int) (io.ReadCloser, error) {
 	if err := checkDescriptor(b.desc); err != nil {
 		return nil, fmt.Errorf("blob: %w", err)
 	}
@@ -280,7 +287,7 @@ func (b *registryBlob) ReadRangeFrom(ctx context.Context, off, n int64, skip int
 	}
 	ctx, cancel := context.WithCancelCause(withTally(ctx, tallyOf(ctx, b.r.metadata)))
 	stop := context.AfterFunc(b.r.ctx, func() { cancel(ErrClosed) })
-	body := &registryBody{b: b, ctx: ctx, skip: skip, off: off, end: off + n, gained: sinceOf(ctx),
+	body := &registryBody{b: b, ctx: ctx, skip: avoid + 1, avoid: avoid, off: off, end: off + n, gained: sinceOf(ctx),
 		cancel: func() { stop(); cancel(nil) }}
 	if err := body.reopen(); err != nil {
 		body.cancel()
@@ -380,18 +387,18 @@ func (b *registryBlob) open(ctx context.Context, h *host, q *query, off, end int
 // false for a blob that is a file here: that would only be read again.
 func Elsewhere(b Blob) (Blob, bool) {
 	if r, ok := b.(*registryBlob); ok {
-		return &elsewhere{r, int(r.from.Load()) + 1}, true
+		return &elsewhere{r, int(r.from.Load())}, true
 	}
 	return b, false
 }
 
 type elsewhere struct {
 	*registryBlob
-	skip int
+	avoid int
 }
 
 func (e *elsewhere) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, error) {
-	return e.ReadRangeFrom(ctx, off, n, e.skip)
+	return e.readRange(ctx, off, n, e.avoid)
 }
 
 type sinceKey struct{}

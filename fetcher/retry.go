@@ -58,8 +58,9 @@ func (b *breaker) failedSince(t time.Time) bool {
 }
 
 // failed tells the breaker how a request that it allowed has ended. cost is
-// how many failures err counts for, 0: the host has answered, and refused.
-func (b *breaker) failed(now time.Time, err error, cost int, retryAfter time.Duration) {
+// how many failures err counts for at first, 0: the host has answered, and
+// refused. The host is left alone for maxPause at most, or for retryAfter.
+func (b *breaker) failed(now time.Time, err error, cost int, retryAfter, maxPause time.Duration) {
 	b.lock.Lock()
 	defer b.lock.Unlock()
 	b.probing = false
@@ -67,7 +68,7 @@ func (b *breaker) failed(now time.Time, err error, cost int, retryAfter time.Dur
 	case cost == 0:
 		b.failures = 0
 	case !b.until.After(now):
-		if b.failures += cost; b.failures >= breakAfter {
+		if b.failures = max(cost, b.failures+1); b.failures >= breakAfter {
 			b.until = now.Add(jitter(min(maxPause, minPause<<min(b.failures-breakAfter, 10))))
 		}
 	}
@@ -120,6 +121,15 @@ func (r *registry) deadline(t time.Time) time.Time {
 	return t.Add(r.opts.ReadTimeout)
 }
 
+// maxPause bounds for how long a host that fails is left alone, so that within
+// ReadTimeout it is asked several times.
+func (r *registry) maxPause() time.Duration {
+	if r.opts.ReadTimeout > 0 {
+		return min(maxPause, r.opts.ReadTimeout/5)
+	}
+	return maxPause
+}
+
 // heeded bounds a Retry-After, so that within ReadTimeout a host is asked again.
 func (r *registry) heeded(d time.Duration) time.Duration {
 	if d = min(d, maxRetryWait); r.opts.ReadTimeout > 0 {
@@ -129,16 +139,20 @@ func (r *registry) heeded(d time.Duration) time.Duration {
 }
 
 // ask tries the hosts that may answer q in order, beginning skip places further
-// in the list, until try succeeds, and then again after a pause, until q.rounds
+// in the list, and with the one avoided (-1: none) when all others do not have
+// it, until try succeeds, and then again after a pause, until q.rounds
 // or q.deadline is over, or the fault is one that time does not heal. A query
 // that comes after its deadline, having waited elsewhere, is refused by hosts
 // that have failed all that time. The error is of every host that was asked.
-func (r *registry) ask(ctx context.Context, q *query, skip int, try func(*host) error) error {
+func (r *registry) ask(ctx context.Context, q *query, skip, avoid int, try func(*host) error) error {
 	errs := make([]error, len(r.hosts)) // the last of each host
 	dead := make([]bool, len(r.hosts))  // that error is permanent
 	begin := time.Now()
 	for i, h := range r.hosts {
 		dead[i] = !h.can.Has(q.need) || q.over(begin) && h.failedSince(q.deadline.Add(-r.opts.ReadTimeout))
+	}
+	if avoid >= 0 {
+		dead[avoid] = true
 	}
 	for round := 0; ; round++ {
 		wait := time.Duration(-1) // the shortest of the hosts that are alive
@@ -178,7 +192,7 @@ func (r *registry) ask(ctx context.Context, q *query, skip int, try func(*host) 
 			} else if dns, ok := errors.AsType[*net.DNSError](err); ok && dns.IsNotFound {
 				dead[i] = q.rounds > 0
 			}
-			h.failed(time.Now(), err, cost, retryAfter)
+			h.failed(time.Now(), err, cost, retryAfter, r.maxPause())
 			if !dead[i] {
 				r.opts.Logger.Debug("a request failed and is tried again", "error", err)
 				if retryAfter > 0 && (wait < 0 || retryAfter < wait) {
@@ -187,6 +201,10 @@ func (r *registry) ask(ctx context.Context, q *query, skip int, try func(*host) 
 			}
 		}
 		alive := slices.Contains(dead, false)
+		if !alive && avoid >= 0 {
+			dead[avoid], avoid = false, -1
+			continue
+		}
 		if !tried {
 			round-- // all hosts are being left alone
 		}
@@ -238,6 +256,7 @@ type registryBody struct {
 	ctx      context.Context
 	cancel   func()
 	skip     int
+	avoid    int   // a host, or -1
 	off, end int64 // what is left of the range
 	cur      *answer
 	host     *host     // who gave the last bytes, or will give the next
@@ -261,7 +280,7 @@ func (b *registryBody) reopen() error {
 	r := b.b.r
 	q := b.b.query(b.off, b.end)
 	q.deadline = r.deadline(b.gained)
-	err := r.ask(b.ctx, q, b.skip, func(h *host) error {
+	err := r.ask(b.ctx, q, b.skip, b.avoid, func(h *host) error {
 		a, err := b.b.open(b.ctx, h, q, b.off, b.end)
 		if err == nil {
 			h.answered()
@@ -321,7 +340,7 @@ func (b *registryBody) Read(p []byte) (n int, err error) {
 		if errors.Is(err, errStalled) || errors.Is(err, errTrickle) {
 			cost = breakAfter
 		}
-		h.failed(time.Now(), err, cost, 0)
+		h.failed(time.Now(), err, cost, 0, b.b.r.maxPause())
 		b.b.r.opts.Logger.Debug("a body broke off and is asked for again", "offset", b.off, "error", err)
 		b.cur.ok = false
 		b.cur.close()

@@ -33,6 +33,7 @@ const (
 type tokens struct {
 	client *http.Client  // of the Authorizer
 	turn   chan struct{} // held by who answers a challenge
+	asking sync.Mutex    // held by who uses an Authorizer
 
 	mu        sync.Mutex
 	auth      docker.Authorizer
@@ -133,13 +134,17 @@ func (h *host) authorizeRequest(ctx context.Context, auth docker.Authorizer, req
 // authorize has auth add a token to req, and notes how long it is good if it is
 // a new one.
 func (h *host) authorize(auth docker.Authorizer, req *http.Request) error {
+	// One at a time, as all would wait for the same token: containerd reads
+	// without its lock what it writes when a token comes.
+	h.asking.Lock()
+	defer h.asking.Unlock()
 	ctx, cancel := context.WithTimeoutCause(h.r.ctx, h.r.opts.StallTimeout, errStalled)
 	defer cancel()
 	life := &tokenLife{}
 	ctx = context.WithValue(docker.ContextWithAppendPullRepositoryScope(ctx, h.r.ref.name), lifeKey{}, life)
 	err := auth.Authorize(ctx, req)
-	if err != nil && context.Cause(ctx) == errStalled {
-		return errStalled
+	if err != nil && (context.Cause(ctx) == errStalled || errors.Is(err, context.DeadlineExceeded)) {
+		return errStalled // ours, or that of the request that several wait for
 	}
 	if err == nil && life.d > 0 {
 		h.mu.Lock()

@@ -25,6 +25,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/url"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -37,10 +38,15 @@ import (
 
 // Options of New. The zero value is an open, fast and honest registry.
 type Options struct {
-	Link     Link // what all of the registry's connections share
-	TLS      bool // HTTPS with the certificate of Registry.CA
-	Redirect bool // blobs come from a second address, by signed URLs
-	Auth     Auth // not zero: bearer tokens are wanted
+	Link       Link // what all of the registry's connections share
+	TLS        bool // HTTPS with the certificate of Registry.CA
+	HTTP2      bool // with TLS: HTTP/2, not HTTP/1.1
+	ClientCert bool // with TLS: only for who has the certificate of Registry.Client
+	Redirect   bool // blobs come from a second address, by signed URLs
+	Auth       Auth // not zero: credentials are wanted
+
+	// RedirectTTL is how long a signed URL is good, which it says; 0: for ever.
+	RedirectTTL time.Duration
 
 	// Fault is asked for each request, from several goroutines. Nil: no faults.
 	Fault func(Request) Fault
@@ -49,6 +55,8 @@ type Options struct {
 // Auth is who may have a token. The zero value lets everyone in without one.
 type Auth struct {
 	User, Password string
+	Identity       string        // a refresh token that does as well; "": none
+	Basic          bool          // want user and password themselves, not a token
 	TTL            time.Duration // of a token; 0: it does not expire
 	Silent         bool          // do not tell the client when it expires
 }
@@ -63,12 +71,13 @@ type Request struct {
 	N      int64  // 0: no range
 	Header http.Header
 	Query  url.Values
+	Proto  string // "HTTP/1.1" or "HTTP/2.0"
 }
 
 // A Fault is what to do wrong. The zero value is nothing.
 type Fault struct {
 	Kind       Kind
-	At         int64         // Cut, Short, Stall, Partial: after so many bytes of the body; Corrupt: at this one
+	At         int64         // Cut, Short, Stall, Partial, Trickle: after so many bytes of the body; Corrupt: at this one
 	Status     int           // Status
 	RetryAfter string        // Status: header, if not empty
 	Delay      time.Duration // before the answer, with any Kind
@@ -91,11 +100,12 @@ const (
 	WrongRange      // a Content-Range of other bytes than those asked for
 	NoRange         // 206 without Content-Range
 	Partial         // 206 with fewer bytes than asked for, and saying so
+	Trickle         // after At bytes, one every 20 ms
 )
 
 // String names the kind, for tests.
 func (k Kind) String() string {
-	return [...]string{"none", "status", "hangup", "cut", "short", "stall", "silence", "corrupt", "whole", "wrong range", "no range", "partial"}[k]
+	return [...]string{"none", "status", "hangup", "cut", "short", "stall", "silence", "corrupt", "whole", "wrong range", "no range", "partial", "trickle"}[k]
 }
 
 // Counts are what the registry has done so far.
@@ -123,6 +133,8 @@ type Registry struct {
 	manifests map[string]manifest // by NAME:TAG, NAME@DIGEST
 	issued    map[string]time.Time
 	signature string
+	secrets   []string // all of both that there ever were
+	client    *clientCert
 }
 
 type content struct {
@@ -140,9 +152,15 @@ func New(o Options) (*Registry, error) {
 	r := &Registry{
 		opts: o, link: newBottleneck(o.Link), quit: make(chan struct{}), fault: o.Fault,
 		content: map[digest.Digest]content{}, manifests: map[string]manifest{},
-		issued: map[string]time.Time{}, signature: rand.Text(),
+		issued: map[string]time.Time{},
 	}
+	r.sign()
 	var err error
+	if o.ClientCert {
+		if r.client, err = newClientCert(); err != nil {
+			return nil, fmt.Errorf("registrytest: %w", err)
+		}
+	}
 	if r.server, err = r.listen(r.serve); err != nil {
 		return nil, err
 	}
@@ -166,6 +184,12 @@ func (r *Registry) listen(h http.HandlerFunc) (*httptest.Server, error) {
 	}
 	if r.opts.TLS {
 		s.TLS = &tls.Config{NextProtos: []string{"http/1.1"}}
+		if r.opts.HTTP2 {
+			s.EnableHTTP2, s.TLS.NextProtos = true, []string{"h2"}
+		}
+		if r.client != nil {
+			s.TLS.ClientAuth, s.TLS.ClientCAs = tls.RequireAndVerifyClientCert, r.client.pool
+		}
 		s.StartTLS()
 	} else {
 		s.Start()
@@ -242,14 +266,27 @@ func (r *Registry) Revoke() {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	clear(r.issued)
+	r.sign()
+}
+
+// sign makes a new signature of URLs. r.mu is held, or r is new.
+func (r *Registry) sign() {
 	r.signature = rand.Text()
+	r.secrets = append(r.secrets, r.signature)
+}
+
+// Secrets returns all tokens and signatures that were ever given out.
+func (r *Registry) Secrets() []string {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return slices.Clone(r.secrets)
 }
 
 // handle counts a request, and does the faults that need no body. It returns
 // false if there is nothing more to do.
 func (r *Registry) handle(w http.ResponseWriter, req *http.Request, q Request) (Fault, bool) {
 	q.Seq = int(r.seq.Add(1) - 1)
-	q.Header, q.Query = req.Header, req.URL.Query()
+	q.Header, q.Query, q.Proto = req.Header, req.URL.Query(), req.Proto
 	r.requests.Add(1)
 	r.mu.Lock()
 	fault := r.fault
@@ -322,6 +359,9 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 		if req.Header.Get("Authorization") != "" {
 			challenge += `,error="invalid_token"`
 		}
+		if r.opts.Auth.Basic {
+			challenge = `Basic realm="registrytest"`
+		}
 		w.Header().Set("WWW-Authenticate", challenge)
 		http.Error(w, `{"errors":[{"code":"UNAUTHORIZED"}]}`, http.StatusUnauthorized)
 		return
@@ -363,7 +403,11 @@ func (r *Registry) serveBlob(w http.ResponseWriter, req *http.Request, q Request
 		return
 	}
 	if r.objects != nil {
-		http.Redirect(w, req, r.objects.URL+"/"+q.Object+"?signature="+signature, http.StatusTemporaryRedirect)
+		to := r.objects.URL + "/" + q.Object + "?signature=" + signature
+		if ttl := r.opts.RedirectTTL; ttl > 0 {
+			to += fmt.Sprintf("&Expires=%d", time.Now().Add(ttl).Unix())
+		}
+		http.Redirect(w, req, to, http.StatusTemporaryRedirect)
 		return
 	}
 	r.sendRange(w, req, q, f, c)
@@ -385,13 +429,19 @@ func (r *Registry) serveObject(w http.ResponseWriter, req *http.Request) {
 	switch {
 	case req.Header.Get("Authorization") != "":
 		http.Error(w, "only one authentication mechanism is allowed", http.StatusBadRequest)
-	case req.URL.Query().Get("signature") != signature:
+	case req.URL.Query().Get("signature") != signature, expired(req.URL.Query().Get("Expires")):
 		http.Error(w, "the signature has expired", http.StatusForbidden)
 	case !ok:
 		http.NotFound(w, req)
 	default:
 		r.sendRange(w, req, q, f, c)
 	}
+}
+
+// expired reads a time in seconds since 1970; an empty one is never over.
+func expired(at string) bool {
+	n, err := strconv.ParseInt(at, 10, 64)
+	return err == nil && time.Now().Unix() >= n
 }
 
 // parseRange reads "bytes=FIRST-LAST"; other forms count as no range.
@@ -436,6 +486,8 @@ func (r *Registry) send(w http.ResponseWriter, req *http.Request, f Fault, statu
 	var body io.Reader = io.NewSectionReader(c.r, off, n)
 	length := n
 	switch f.Kind {
+	case Trickle:
+		body = &trickler{body, f.At, r, req}
 	case Cut, Stall:
 		body = io.LimitReader(body, min(f.At, n-1))
 	case Short:
@@ -446,7 +498,11 @@ func (r *Registry) send(w http.ResponseWriter, req *http.Request, f Fault, statu
 	}
 	w.Header().Set("Content-Length", strconv.FormatInt(length, 10))
 	w.WriteHeader(status)
-	m, _ := io.CopyBuffer(struct{ io.Writer }{w}, body, make([]byte, 32<<10))
+	to := io.Writer(struct{ io.Writer }{w})
+	if f.Kind == Trickle {
+		to = flusher{w}
+	}
+	m, _ := io.CopyBuffer(to, body, make([]byte, 32<<10))
 	r.bytes.Add(m)
 	switch f.Kind {
 	case Stall:
@@ -474,9 +530,46 @@ func (f *flipper) Read(p []byte) (int, error) {
 	return n, err
 }
 
+// A trickler gives a byte at a time, after the first ones.
+type trickler struct {
+	r    io.Reader
+	left int64
+	reg  *Registry
+	req  *http.Request
+}
+
+func (t *trickler) Read(p []byte) (int, error) {
+	if t.left > 0 {
+		p = p[:min(int64(len(p)), t.left)]
+	} else {
+		if p = p[:1]; !t.reg.wait(t.req, 20*time.Millisecond) {
+			return 0, io.ErrUnexpectedEOF
+		}
+	}
+	n, err := t.r.Read(p)
+	t.left -= int64(n)
+	return n, err
+}
+
+// A flusher sends what it is given at once.
+type flusher struct{ w http.ResponseWriter }
+
+func (f flusher) Write(p []byte) (int, error) {
+	n, err := f.w.Write(p)
+	if err == nil {
+		err = http.NewResponseController(f.w).Flush()
+	}
+	return n, err
+}
+
 func (r *Registry) authorized(req *http.Request) bool {
-	if r.opts.Auth == (Auth{}) {
+	a := r.opts.Auth
+	if a == (Auth{}) {
 		return true
+	}
+	if a.Basic {
+		user, password, _ := req.BasicAuth()
+		return user == a.User && password == a.Password
 	}
 	token, ok := strings.CutPrefix(req.Header.Get("Authorization"), "Bearer ")
 	if !ok {
@@ -491,7 +584,8 @@ func (r *Registry) authorized(req *http.Request) bool {
 // serveToken answers the token requests of both kinds: GET with basic
 // authentication, POST with an OAuth2 password grant.
 func (r *Registry) serveToken(w http.ResponseWriter, req *http.Request) {
-	if _, ok := r.handle(w, req, Request{Kind: "token"}); !ok {
+	f, ok := r.handle(w, req, Request{Kind: "token"})
+	if !ok {
 		return
 	}
 	user, password, _ := req.BasicAuth()
@@ -499,7 +593,8 @@ func (r *Registry) serveToken(w http.ResponseWriter, req *http.Request) {
 		user, password = req.PostFormValue("username"), req.PostFormValue("password")
 	}
 	a := r.opts.Auth
-	if user != a.User || password != a.Password {
+	identity := req.PostFormValue("refresh_token")
+	if (user != a.User || password != a.Password) && (a.Identity == "" || identity != a.Identity) {
 		http.Error(w, "wrong user or password", http.StatusUnauthorized)
 		return
 	}
@@ -514,8 +609,14 @@ func (r *Registry) serveToken(w http.ResponseWriter, req *http.Request) {
 	}
 	r.mu.Lock()
 	r.issued[token] = expires
+	r.secrets = append(r.secrets, token)
 	r.mu.Unlock()
 	r.tokens.Add(1)
+	raw, err := json.Marshal(answer)
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusInternalServerError)
+		return
+	}
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(answer)
+	r.send(w, req, f, http.StatusOK, content{bytes.NewReader(raw), int64(len(raw))}, 0, int64(len(raw)))
 }
