@@ -285,9 +285,11 @@ func FuzzOpenIndex(f *testing.F) {
 			b[(int(changes[0])<<8|int(changes[1]))%len(b)] = changes[2]
 		}
 		reseal(b)
+		walkTable(t, b)
 		x, err := OpenIndex(b)
 		if err == nil {
 			checkOpened(t, x)
+			checkTable(t, b, x)
 			if got := rebuild(x); !bytes.Equal(got, b) {
 				t.Fatalf("two files for one index:\n%x\n%x", b, got)
 			}

@@ -236,8 +236,7 @@ func (x *Index) Contents() int { return x.contentCount }
 
 // Content returns content i.
 func (x *Index) Content(i int) Content {
-	r := x.contentRecord(i)
-	return Content{Digest: Digest(r[:32]), Size: int64(le.Uint64(r[32:])), Chunks: int(le.Uint32(r[44:]))}
+	return contentOf(x.contentRecord(i))
 }
 
 // ContentChunk returns the number of the k-th chunk, by place in the file, of
