@@ -26,8 +26,13 @@
 // the process that holds the lock on its map; another process that fills the
 // same content uses a temporary file of its own and ends with the same object.
 //
+// What an image needs is kept while it is in use: a Lease says so, and so does
+// any mount of it. Collect removes the rest, within a budget the least
+// recently used images first.
+//
 // Errors: AbsentError (fetch the chunk), DigestError (the chunks were right but
-// the whole is not), anything else as the kernel gave it.
+// the whole is not), ErrBudget (nothing more may be stored), anything else as the
+// kernel gave it.
 package cache
 
 import (
@@ -51,6 +56,7 @@ import (
 type Options struct {
 	Metrics *metrics.Metrics // counts chunks that could not be written; may be nil
 	Logger  *slog.Logger     // nil: nothing is logged
+	Budget  Budget           // to which Put keeps, evicting what is not in use
 	BootID  string           // names this run of the machine; empty: ask the kernel
 }
 
@@ -72,6 +78,7 @@ type Store struct {
 
 	files  *pool[image.Digest, wholeFile] // by content digest
 	stages *pool[layoutID, *stage]
+	meter  meter
 
 	mu     sync.Mutex
 	images map[*Contents]struct{} // open ones; guarded by mu
@@ -126,6 +133,8 @@ func Open(root string, o Options) (*Store, error) {
 		stages:  newPool[layoutID](idleStages, (*stage).close),
 		images:  make(map[*Contents]struct{}),
 	}
+	s.meter.s, s.meter.budget = s, o.Budget
+	s.meter.total.Store(-1)
 	if s.log == nil {
 		s.log = slog.New(slog.DiscardHandler)
 	}
@@ -199,6 +208,7 @@ func (s *Store) Close() error {
 	}
 	s.stages.closeAll()
 	s.files.closeAll()
+	s.meter.note()
 	return s.closeFolders()
 }
 

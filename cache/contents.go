@@ -51,7 +51,8 @@ type stagedContent struct {
 
 // Contents finds out what the store has of the image that x describes. Chunks
 // that were staged before the machine was started anew are checked first. x
-// must stay valid until Close.
+// must stay valid until Close. What is found stays there if the image's folder,
+// with x, is in the store and the caller has a Lease on the image.
 func (s *Store) Contents(x *image.Index) (*Contents, error) {
 	c := &Contents{
 		s:      s,
@@ -72,9 +73,12 @@ func (s *Store) Contents(x *image.Index) (*Contents, error) {
 		return nil, fmt.Errorf("contents of store %s: %w", s.root, os.ErrClosed)
 	}
 	c.life.RLock()
-	err := c.findWhole()
+	done, err := s.steady()
 	if err == nil {
-		err = c.findStaged()
+		if err = c.findWhole(); err == nil {
+			err = c.findStaged()
+		}
+		done()
 	}
 	c.life.RUnlock()
 	if err != nil {
@@ -250,7 +254,10 @@ func (c *Contents) Put(chunk int, data []byte) error {
 	if c.local.has(chunk) {
 		return nil
 	}
-	var err error
+	err := c.s.meter.admit(int64(len(data)))
+	if err != nil {
+		return fmt.Errorf("put chunk %d of content %s: %w", chunk, ct.Digest, err)
+	}
 	if ct.Chunks == 1 && data != nil {
 		err = c.putOnly(ct, ch.Digest, data)
 		if err == nil {
@@ -266,7 +273,7 @@ func (c *Contents) Put(chunk int, data []byte) error {
 		c.s.metrics.ChunkFailed(metrics.ReasonStore)
 	}
 	err = fmt.Errorf("put chunk %d of content %s: %w", chunk, ct.Digest, err)
-	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) {
+	if isFull(err) {
 		err = hint.Wrap(err, "make room on the filesystem of "+c.s.root)
 	}
 	return err

@@ -67,7 +67,8 @@ func (c content) fsVerity() image.Digest {
 // An img is an image's index and the contents that it lists.
 type img struct {
 	*image.Index
-	by map[image.Digest]content
+	raw []byte // of the index
+	by  map[image.Digest]content
 }
 
 // imageOf makes an image of one layer that holds the contents.
@@ -97,7 +98,8 @@ func imageOf(t testing.TB, contents ...content) img {
 		t.Fatal(err)
 	}
 	var err error
-	if x.Index, err = image.OpenIndex(b.Bytes()); err != nil {
+	x.raw = b.Bytes()
+	if x.Index, err = image.OpenIndex(x.raw); err != nil {
 		t.Fatal(err)
 	}
 	return x

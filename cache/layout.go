@@ -38,10 +38,14 @@ const readme = `This folder is a store of cfs-fuse: files of container images, k
   staging/    files of which a part has arrived
   images/     one folder for each image: its manifest and its metadata images
   refs/       what names of images stood for when they were last asked for
+  leases/     which images are in use, and when they last were
+  pins/       which images are kept whatever happens
+  quarantine/ damaged files that were moved aside
 
 Nothing here is the only copy of anything: what is missing is fetched again from
-the image's registry when it is needed. To free the space, unmount every
-image ('cfs-fuse status' lists them) and delete the whole folder. Do not
+the image's registry when it is needed. To free space, run
+'cfs-fuse cache gc', or unmount every image ('cfs-fuse status' lists them) and
+delete the whole folder. Do not
 change files in place: mounted images read them directly.
 `
 
@@ -124,8 +128,12 @@ func (s *Store) claim() error {
 }
 
 func (s *Store) makeFolders() (err error) {
-	for _, name := range []string{"objects", "contents", "contents/sha256", "staging", "images", "refs"} {
-		if err := os.Mkdir(filepath.Join(s.root, name), 0o700); err != nil && !errors.Is(err, os.ErrExist) {
+	for _, name := range []string{"objects", "contents", "contents/sha256", "staging", "images", "refs", leasesName, pinsName, asideName} {
+		err := os.Mkdir(filepath.Join(s.root, name), 0o700)
+		if (isFull(err) || errors.Is(err, unix.EROFS)) && (name == leasesName || name == pinsName || name == asideName) {
+			continue // a store of an earlier program, of which nothing will be removed
+		}
+		if err != nil && !errors.Is(err, os.ErrExist) {
 			return err
 		}
 	}
@@ -240,6 +248,7 @@ func (s *Store) firstOfBoot() error {
 		if err := s.recheck(since); err != nil {
 			return err
 		}
+		s.meter.forget()
 	}
 	if ahead {
 		if err := unix.Syncfs(s.rootDir.fd); err != nil {

@@ -140,8 +140,10 @@ func layoutOf(content image.Content, chunk func(k int) image.Chunk) layoutID {
 // stagingName returns the name in staging/ of a content's staging file; its
 // map has mapSuffix too.
 func stagingName(content image.Digest) string {
-	return stagingPrefix + hex.EncodeToString(content[:])
+	return stagingPrefix + hexOf(content)
 }
+
+func hexOf(d image.Digest) string { return hex.EncodeToString(d[:]) }
 
 // parseHex reads a digest as it occurs in names: 64 lower-case digits.
 func parseHex(name string) (d image.Digest, ok bool) {

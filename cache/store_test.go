@@ -40,8 +40,9 @@ func TestLayout(t *testing.T) {
 		got = append(got, fi.Mode().String()+" "+e.Name())
 	}
 	want := []string{
-		"-rw------- README", "-rw------- boot", "drwx------ contents", "drwx------ images", "drwx------ objects",
-		"drwx------ refs", "drwx------ staging", "-rw------- synced", "-rw------- version",
+		"-rw------- README", "-rw------- boot", "-rw------- collect.lock", "drwx------ contents", "drwx------ images",
+		"drwx------ leases", "drwx------ objects", "drwx------ pins", "drwx------ quarantine", "drwx------ refs",
+		"drwx------ staging", "-rw------- synced", "-rw------- version",
 	}
 	if !slices.Equal(got, want) {
 		t.Errorf("layout:\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))

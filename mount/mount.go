@@ -82,6 +82,8 @@ type Options struct {
 	// Refresh asks a registry what a tag stands for, even if the store knows
 	// an answer. Local sources are always asked.
 	Refresh bool
+	// Budget bounds the store; what is not in use is evicted to keep to it.
+	Budget cache.Budget
 	// Objects are the folders of objects of a composefs: source.
 	Objects []string
 	// Metrics and Logger may be nil.
@@ -97,6 +99,8 @@ type Mount struct {
 	source     string
 
 	store     *cache.Store
+	lease     *cache.Lease
+	held      image.Digest   // what lease is on
 	image     *preparedImage // nil for composefs: sources
 	contents  *cache.Contents
 	fetch     *fetcher.Fetcher
@@ -170,7 +174,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if path, ok := composefsSource(source); ok {
 		return m, m.startComposefs(path)
 	}
-	if m.store, err = cache.Open(o.Root, cache.Options{Metrics: o.Metrics, Logger: o.Logger}); err != nil {
+	if m.store, err = cache.Open(o.Root, cache.Options{Metrics: o.Metrics, Logger: o.Logger, Budget: o.Budget}); err != nil {
 		return nil, err
 	}
 	if m.src, err = fetcher.OpenSource(source, o.Source); err != nil {
@@ -426,6 +430,7 @@ func (m *Mount) release() {
 	if m.contents != nil {
 		m.contents.Close()
 	}
+	m.lease.Close()
 	if m.store != nil {
 		m.store.Close()
 	}

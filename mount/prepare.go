@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/cfs-fuse/cfs-fuse/cache"
 	"github.com/cfs-fuse/cfs-fuse/erofs"
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
 	"github.com/cfs-fuse/cfs-fuse/image"
@@ -28,10 +29,10 @@ import (
 // The files of an image's folder.
 const (
 	manifestName = "manifest.json"
-	lazyName     = "lazy.erofs"
-	chunksName   = "chunks"
-	sealedName   = "sealed.erofs"
-	recordName   = "sealed.json"
+	lazyName     = cache.LazyName
+	chunksName   = cache.ChunksName
+	sealedName   = cache.SealedName
+	recordName   = cache.RecordName
 	// insecureName is there if a layer's table of contents was taken without
 	// a digest in the manifest (--insecure-toc).
 	insecureName = "insecure-toc"
@@ -120,6 +121,7 @@ func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 			m.log.Warn("what the source stands for could not be noted", "error", err)
 		}
 	}
+	m.noteSource()
 	return p, nil
 }
 
@@ -144,7 +146,7 @@ func (m *Mount) known() (image.Digest, bool) {
 }
 
 func (m *Mount) imageDir(digest image.Digest) string {
-	return filepath.Join(m.store.Images(), hex.EncodeToString(digest[:]))
+	return m.store.ImageDir(digest)
 }
 
 // discard moves a damaged image folder out of the way and removes it.
@@ -163,6 +165,9 @@ func (m *Mount) discard(digest image.Digest) error {
 // load opens the folder of an image. It fails with os.ErrNotExist when there
 // is none, and with another error when what is there cannot be used.
 func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
+	if err := m.hold(digest); err != nil {
+		return nil, err
+	}
 	p := &preparedImage{digest: digest, dir: m.imageDir(digest)}
 	raw, err := os.ReadFile(p.path(manifestName))
 	if err != nil {

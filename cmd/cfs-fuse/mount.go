@@ -84,6 +84,7 @@ func newMount(g *global) *cobra.Command {
 	fl.StringVar(&f.metricsAddr, "metrics", "", "serve Prometheus metrics at `address`/metrics, e.g. 127.0.0.1:9100")
 	fl.BoolVar(&f.opts.InsecureTOC, "insecure-toc", false, "take layers whose table of contents the manifest does not vouch for")
 	fl.StringArrayVar(&f.opts.Objects, "objects", nil, "`folder` of objects of a composefs: source (may be repeated)")
+	addBudget(cmd, &f.opts.Budget)
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, log to standard error, unmount on Ctrl-C")
 	return cmd
 }
