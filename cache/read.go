@@ -68,7 +68,7 @@ func (c *Contents) readWhole(ct image.Content, p []byte, off int64) (n int, ok b
 	}
 	defer c.s.files.release(h)
 	n, err = pread(h.val.fd, p, off)
-	if err == nil && n < len(p) {
+	if err == nil && n < len(p) || errors.Is(err, unix.EIO) && c.s.damagedWhole(h.val, ct) {
 		c.s.files.drop(h)
 		return 0, false, nil
 	}
@@ -111,8 +111,8 @@ func (c *Contents) readStaged(i int, p []byte, off int64) (n int, ok bool, err e
 	}
 	defer c.s.stages.release(h)
 	end := c.chunkAt(i, off+int64(len(p))-1) + 1
-	n, ok, err = h.val.readAt(p, off, k, end, c.chunksOf(i))
-	if !ok && err == nil {
+	n, ok, bad, err := h.val.readAt(p, off, k, end, c.chunksOf(i))
+	if !ok && err == nil && !bad {
 		// The pool has an old view of a file that another process fills, or
 		// the file was replaced or cut short.
 		c.s.stages.drop(h)

@@ -44,6 +44,8 @@ type stage struct {
 	state   stageState
 	err     error            // of a failed stage
 	busy    map[int]struct{} // chunks being written
+	ending  bool             // finish is at work, without mu
+	bad     map[int]struct{} // chunks that the map on disk has and that were found damaged
 	left    int              // chunks not marked
 	full    bool             // every byte is written and data cannot be written to
 	object  image.Digest     // fs-verity digest, once the content is checked
@@ -56,6 +58,7 @@ type stage struct {
 	// chunk changes data alone
 	data temp   // fd < 0: none
 	have bitmap // chunks that may be read from data
+	seen bitmap // those of them that this process wrote, or has compared with their digest
 }
 
 type stageState uint8
@@ -81,6 +84,8 @@ func (s *Store) openStage(ct image.Content, layout layoutID) (*stage, error) {
 		chunks:  ct.Chunks,
 		name:    stagingName(ct.Digest),
 		busy:    make(map[int]struct{}),
+		bad:     make(map[int]struct{}),
+		seen:    newBitmap(ct.Chunks),
 		data:    temp{fd: -1},
 		have:    newBitmap(ct.Chunks),
 		epoch:   epochs.Add(1),
@@ -159,21 +164,40 @@ func loadMap(f *os.File) (*stageMap, error) {
 }
 
 // readAt reads into p, which lies in chunks k to end-1, as far as they are
-// staged without a gap. It returns false if chunk k is not, or is no more.
-func (st *stage) readAt(p []byte, off int64, k, end int, chunk chunkAt) (n int, ok bool, err error) {
+// staged without a gap. It returns false if chunk k is not, or is no more. A
+// chunk that another process left is compared with its digest once, before its
+// first byte is read; one that is not right any more is bad, and absent
+// from then on.
+func (st *stage) readAt(p []byte, off int64, k, end int, chunk chunkAt) (n int, ok, bad bool, err error) {
+	n, ok, worst, err := st.readGood(p, off, k, end, chunk)
+	if worst >= 0 {
+		st.unmark(worst)
+	}
+	return n, ok, worst == k, err
+}
+
+// readGood is readAt, save that it only tells of the first bad chunk, or -1.
+func (st *stage) readGood(p []byte, off int64, k, end int, chunk chunkAt) (n int, ok bool, bad int, err error) {
 	st.io.RLock()
 	defer st.io.RUnlock()
 	stop := k
-	for stop < end && st.have.has(stop) {
-		stop++
+	for bad = -1; stop < end && st.have.has(stop); stop++ {
+		if !st.seen.has(stop) {
+			if right, err := checkChunk(st.data.fd, chunk(stop)); err != nil || !right {
+				st.s.log.Warn("a chunk is damaged and will be fetched again", "content", st.content.String(), "chunk", stop, "err", err)
+				bad = stop
+				break
+			}
+			st.seen.set(stop)
+		}
 	}
 	if stop == k || st.data.fd < 0 {
-		return 0, false, nil
+		return 0, false, bad, nil
 	}
 	last := chunk(stop - 1)
 	p = p[:min(int64(len(p)), last.FileOffset+last.Size-off)]
 	n, err = pread(st.data.fd, p, off)
-	return n, n == len(p) || err != nil, err
+	return n, n == len(p) || err != nil, bad, err
 }
 
 // has reports whether chunk k can be read from the stage.
@@ -257,9 +281,18 @@ func (st *stage) put(k int, data []byte, chunk chunkAt) (whole bool, err error) 
 		return false, st.mark(k)
 	}
 	// Every other chunk is marked, so nobody else is writing.
+	st.ending = true
 	st.mu.Unlock()
 	err = st.finish()
+	var damaged []int
+	if _, wrong := errors.AsType[*DigestError](err); wrong || errors.Is(err, unix.EIO) {
+		damaged = st.findDamaged(chunk)
+	}
 	st.mu.Lock()
+	st.ending = false
+	if len(damaged) > 0 {
+		return false, st.heal(k, damaged)
+	}
 	if err == nil {
 		st.state = stageDone
 		return true, nil
@@ -298,20 +331,28 @@ func (st *stage) write(c image.Chunk, data []byte) error {
 
 // mark notes on disk and in memory that chunk k is written.
 func (st *stage) mark(k int) error {
-	if st.mapFile != nil {
-		b := [1]byte{1 << (k % 8)}
-		for i := k &^ 7; i < min(k|7+1, st.chunks); i++ {
-			if st.have.has(i) {
-				b[0] |= 1 << (i % 8)
-			}
-		}
-		if err := pwrite(int(st.mapFile.Fd()), b[:], mapHeaderSize+int64(k/8)); err != nil {
-			return err
-		}
-	}
 	st.have.set(k)
+	if err := st.writeMap(k); err != nil {
+		st.have.clear(k)
+		return err
+	}
+	st.seen.set(k)
 	st.left--
 	return nil
+}
+
+// writeMap writes the byte of the map that has the mark of chunk k.
+func (st *stage) writeMap(k int) error {
+	if st.mapFile == nil {
+		return nil
+	}
+	var b [1]byte
+	for i := k &^ 7; i < min(k|7+1, st.chunks); i++ {
+		if st.have.has(i) {
+			b[0] |= 1 << (i % 8)
+		}
+	}
+	return pwrite(int(st.mapFile.Fd()), b[:], mapHeaderSize+int64(k/8))
 }
 
 // begin makes a reading stage one that can be filled: the content's staging
@@ -407,11 +448,18 @@ func (st *stage) lock(chunk chunkAt) (locked bool, err error) {
 		return st.startAnew(f)
 	}
 	if m.boot != st.s.boot {
-		if err := st.recheck(f, m, t.fd, chunk); err != nil {
-			unix.Close(t.fd)
-			return false, err
+		err = st.recheck(f, m, t.fd, chunk)
+	} else if len(st.bad) > 0 {
+		for k := range st.bad {
+			m.bits[k/8] &^= 1 << (k % 8)
 		}
+		_, err = f.WriteAt(m.bits, mapHeaderSize)
 	}
+	if err != nil {
+		unix.Close(t.fd)
+		return false, err
+	}
+	clear(st.bad)
 	have, left := m.believed()
 	if full && left > 1 {
 		unix.Close(t.fd)
@@ -488,6 +536,9 @@ func (st *stage) startAnew(f *os.File) (locked bool, err error) {
 		unix.Close(t.fd)
 		return false, err
 	}
+	st.io.Lock()
+	st.seen = newBitmap(st.chunks)
+	st.io.Unlock()
 	st.install(t, newBitmap(st.chunks))
 	st.left, st.full, st.mapFile, st.state = st.chunks, false, f, stageFilling
 	return true, nil

@@ -215,12 +215,7 @@ func (m *Mount) serve() error {
 	if err != nil {
 		return err
 	}
-	blobs := make([]fetcher.Blob, len(m.image.layers))
-	for i, desc := range m.image.layers {
-		blobs[i] = m.src.Blob(desc)
-	}
-	m.fetch = fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{
-		Share: m.opts.Share, First: m.startProfile(), Metrics: m.opts.Metrics, Logger: m.log})
+	m.fetch = m.newFetcher(m.startProfile())
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
@@ -243,6 +238,17 @@ func (m *Mount) serve() error {
 	}
 	m.log.Debug("mounted", "backend", m.status.Backend, "reason", why, "after", time.Since(m.started))
 	return err
+}
+
+// newFetcher brings the image's chunks from its source into the store, those
+// in first before others.
+func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
+	blobs := make([]fetcher.Blob, len(m.image.layers))
+	for i, desc := range m.image.layers {
+		blobs[i] = m.src.Blob(desc)
+	}
+	return fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{
+		Share: m.opts.Share, First: first, Metrics: m.opts.Metrics, Logger: m.log})
 }
 
 // absoluteSource makes the path of a local source absolute: it is what the
