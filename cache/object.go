@@ -244,6 +244,13 @@ type wholeFile struct {
 
 func (w wholeFile) close() { unix.Close(w.fd) }
 
+// named reports whether the file still has both its names. One that has lost
+// some, perhaps because it was found damaged, is looked up anew.
+func (w wholeFile) named() bool {
+	var st unix.Stat_t
+	return unix.Fstat(w.fd, &st) == nil && st.Nlink >= 2
+}
+
 // openContent opens a whole content by its digest.
 func (s *Store) openContent(d image.Digest) (wholeFile, error) {
 	fd, err := openat(s.contentsDir.fd, d.Path(), unix.O_RDONLY|unix.O_NOFOLLOW)

@@ -78,7 +78,12 @@ func (c *Contents) readWhole(ct image.Content, p []byte, off int64) (n int, ok b
 // openWhole acquires the descriptor of a whole content. It returns false if
 // there is no such file, or one of another size.
 func (c *Contents) openWhole(ct image.Content) (h *handle[image.Digest, wholeFile], ok bool, err error) {
-	if h = c.s.files.lookup(ct.Digest); h == nil {
+	if h = c.s.files.lookup(ct.Digest); h != nil && !h.val.named() {
+		c.s.files.drop(h)
+		c.s.files.release(h)
+		h = nil
+	}
+	if h == nil {
 		h, err = c.s.files.acquire(ct.Digest, c.s.openContent)
 	}
 	if errors.Is(err, unix.ENOENT) {

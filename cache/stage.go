@@ -197,6 +197,14 @@ func (st *stage) readGood(p []byte, off int64, k, end int, chunk chunkAt) (n int
 	last := chunk(stop - 1)
 	p = p[:min(int64(len(p)), last.FileOffset+last.Size-off)]
 	n, err = pread(st.data.fd, p, off)
+	if errors.Is(err, unix.EIO) {
+		for i := k; i < stop; i++ {
+			if right, cerr := checkChunk(st.data.fd, chunk(i)); cerr != nil || !right {
+				st.seen.clear(i)
+				return 0, false, i, nil
+			}
+		}
+	}
 	return n, n == len(p) || err != nil, bad, err
 }
 

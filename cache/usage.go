@@ -189,3 +189,41 @@ func (m *meter) makeRoom(n int64) error {
 
 // forget makes the next use of the budget count the store.
 func (m *meter) forget() { os.Remove(filepath.Join(m.s.root, usageName)) }
+
+// Room reports whether the store takes anything: nil promises that about a
+// megabyte could be stored just now. It evicts if there is a budget.
+func (s *Store) Room() error {
+	err := s.meter.room(noteEvery)
+	if err == nil {
+		err = s.tryWrite(noteEvery)
+	}
+	if err != nil {
+		err = fmt.Errorf("room in store %s: %w", s.root, err)
+		if isFull(err) && !errors.Is(err, ErrBudget) {
+			err = hint.Wrap(err, "make room on the filesystem of "+s.root)
+		}
+	}
+	return err
+}
+
+// room is admit for bytes that are not stored yet.
+func (m *meter) room(n int64) error {
+	if m.budget.none() || m.fits(n) {
+		return nil
+	}
+	return m.makeRoom(n)
+}
+
+// tryWrite allocates n bytes in an unnamed file.
+func (s *Store) tryWrite(n int64) error {
+	t, err := s.temp()
+	if err != nil {
+		return err
+	}
+	defer s.discard(t)
+	err = retry(func() error { return unix.Fallocate(t.fd, 0, 0, n) })
+	if errors.Is(err, unix.EOPNOTSUPP) || errors.Is(err, unix.ENOSYS) {
+		err = pwrite(t.fd, make([]byte, n), 0)
+	}
+	return err
+}

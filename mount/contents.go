@@ -19,6 +19,7 @@ import (
 type lazyContents struct {
 	index *image.Index
 	local *cache.Contents
+	spare *spareChunks
 	fetch *fetcher.Fetcher
 	seen  *recorder
 }
@@ -46,18 +47,29 @@ func (l *lazyContents) ReadAt(ctx context.Context, object string, p []byte, off 
 		if n == len(p) || errors.Is(err, io.EOF) {
 			return n, attempts > 0, nil
 		}
-		if _, absent := errors.AsType[*cache.AbsentError](err); err != nil && !absent {
+		absent, isAbsent := errors.AsType[*cache.AbsentError](err)
+		if err != nil && !isAbsent {
 			return n, attempts > 0, fmt.Errorf("read content %s: %w", digest, err)
 		}
 		if k > 0 && err == nil {
 			continue // the first absent byte is next
 		}
+		if k := l.spare.readAt(absent.Chunk, p[n:], off+int64(n)); k > 0 {
+			if n += k; n == len(p) {
+				return n, attempts > 0, nil
+			}
+			continue
+		}
 		if attempts++; attempts > fetchAttempts {
 			return n, true, fmt.Errorf("read content %s at %d: fetched %d times, and absent still", digest, off+int64(n), fetchAttempts)
 		}
-		if err := l.fetch.Need(ctx, content, off+int64(n), int64(len(p)-n)); err != nil {
+		done := l.spare.want(content, off+int64(n), int64(len(p)-n))
+		err = l.fetch.Need(ctx, content, off+int64(n), int64(len(p)-n))
+		if err != nil {
+			done()
 			return n, true, err
 		}
+		defer done() // what is kept for this read stays until it is answered
 	}
 }
 

@@ -103,6 +103,7 @@ type Mount struct {
 	held      image.Digest   // what lease is on
 	image     *preparedImage // nil for composefs: sources
 	contents  *cache.Contents
+	spare     *spareChunks // in front of contents
 	fetch     *fetcher.Fetcher
 	record    *recorder      // nil for composefs: sources
 	inherited []image.Access // the profile of a related image
@@ -219,7 +220,7 @@ func (m *Mount) serve() error {
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
-	contents := &lazyContents{m.image.index, m.contents, m.fetch, m.record}
+	contents := &lazyContents{m.image.index, m.contents, m.spare, m.fetch, m.record}
 	o := fusefs.Options{Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError}
 	if hybrid {
 		err = m.serveHybrid(contents, o)
@@ -247,6 +248,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 	for i, desc := range m.image.layers {
 		blobs[i] = m.src.Blob(desc)
 	}
+	m.spare = newSpareChunks(m.image.index, m.contents)
 	return fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{
 		Share: m.opts.Share, First: first, Metrics: m.opts.Metrics, Logger: m.log})
 }
@@ -303,7 +305,7 @@ func checkMountpoint(path, runtimeDir string) error {
 // What stops it is kept in the status, for people and for WaitFor.
 func (m *Mount) conduct(ctx context.Context) {
 	if m.state() < Complete {
-		work := m.fetch.Fill
+		work := m.fill
 		if m.opts.NoFill {
 			work = m.awaitComplete
 		}
@@ -344,6 +346,7 @@ func (m *Mount) conduct(ctx context.Context) {
 const (
 	firstPause = time.Second
 	lastPause  = time.Minute
+	diskPause  = 5 * time.Second // looking whether there is room again costs little
 )
 
 // persist does a piece of work until it succeeds: a registry that is lost and a
@@ -363,6 +366,9 @@ func (m *Mount) persist(ctx context.Context, what string, work func(context.Cont
 		if permanent(err) {
 			m.blocked(ctx, err)
 			return false
+		}
+		if storageFails(err) {
+			pause = min(pause, diskPause)
 		}
 		text := withHint(err)
 		m.log.Warn("will be tried again", "in", pause.String(), "error", text)

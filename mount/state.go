@@ -69,9 +69,11 @@ type Status struct {
 	OldestWaitSeconds float64 `json:"oldest_wait_seconds"` // of a read that waits
 	// Note says why the state goes no further, if it does not.
 	Note string `json:"swap_note,omitempty"`
-	PID  int    `json:"pid,omitempty"` // of the process that serves, 0 when none
-	Root string `json:"root,omitempty"`
-	Log  string `json:"log,omitempty"`
+	// StoreNote says that nothing can be stored, and why, while that is so.
+	StoreNote string `json:"store_note,omitempty"`
+	PID       int    `json:"pid,omitempty"` // of the process that serves, 0 when none
+	Root      string `json:"root,omitempty"`
+	Log       string `json:"log,omitempty"`
 
 	stuck error // what ended the conductor
 }
@@ -97,6 +99,7 @@ func (m *Mount) Status() Status {
 			s.Fetched[class] = Work{Requests: w.Requests, Bytes: w.Bytes}
 		}
 		s.OldestWaitSeconds = m.fetch.OldestWait().Seconds()
+		s.StoreNote = m.spare.note()
 	}
 	return s
 }

@@ -106,6 +106,9 @@ func printStatus(out io.Writer, s mount.Status) error {
 	if s.OldestWaitSeconds > 0 {
 		row("oldest wait", "%s", time.Duration(s.OldestWaitSeconds*float64(time.Second)).Round(time.Millisecond))
 	}
+	if s.StoreNote != "" {
+		row("store", "%s", s.StoreNote)
+	}
 	if s.Note != "" {
 		row("note", "%s", s.Note)
 	}
