@@ -122,11 +122,7 @@ func (s *Store) collect(ctx context.Context, o CollectOptions) (*Collected, erro
 			err = fmt.Errorf("remove images: %w by now", ErrInUse)
 		}
 		s.meter.update(func(total, _ int64) (int64, int64) {
-			since := int64(0) // what was stored meanwhile
-			if noted >= 0 && total >= 0 {
-				since = total - noted
-			}
-			return max(0, u.Total-c.res.Freed+since), time.Now().Unix()
+			return max(0, u.Total-c.res.Freed+total-noted), time.Now().Unix()
 		})
 	}
 	return &c.res, err

@@ -20,7 +20,7 @@ import (
 // Contents is what is local of one image. Its methods may be called from
 // several goroutines. It keeps two bits for each content and chunk, found on
 // disk when it is opened; what other processes add later is noticed when it is
-// used, not before.
+// used, or when a chunk is asked for that would otherwise be fetched.
 type Contents struct {
 	s     *Store
 	x     *image.Index
@@ -30,6 +30,8 @@ type Contents struct {
 
 	whole bitmap // contents
 	local bitmap // chunks; every chunk of a whole content is set
+
+	looked []atomic.Uint32 // by content: meter.others at the last look at the disk
 
 	filesLocal, bytesLocal atomic.Int64
 
@@ -61,6 +63,7 @@ func (s *Store) Contents(x *image.Index) (*Contents, error) {
 		cut:    x.Chunks(),
 		whole:  newBitmap(x.Contents()),
 		local:  newBitmap(x.Chunks()),
+		looked: make([]atomic.Uint32, x.Contents()),
 		staged: make(map[int]*stagedContent),
 	}
 	s.mu.Lock()
@@ -212,10 +215,28 @@ func (c *Contents) begin() error {
 }
 
 // Missing reports whether a chunk, by its number in the index, is to be
-// fetched: it is neither staged nor part of a whole content. It asks no disk.
-// A number out of range is not missing.
+// fetched: it is neither staged nor part of a whole content. It asks the disk
+// when another process was found to have stored something since it last did
+// for that content, and else not. A number out of range is not missing.
 func (c *Contents) Missing(chunk int) bool {
-	return chunk >= 0 && chunk < c.cut && !c.local.has(chunk)
+	if chunk < 0 || chunk >= c.cut || c.local.has(chunk) {
+		return false
+	}
+	if c.begin() != nil {
+		return true
+	}
+	defer c.life.RUnlock()
+	i := c.x.Chunk(chunk).Content
+	others := uint32(c.s.meter.others.Load())
+	if c.looked[i].Swap(others) != others {
+		// An error is for who reads or puts.
+		if c.x.Content(i).Chunks == 1 {
+			c.lookAgainWhole(i)
+		} else {
+			c.lookAgain(i)
+		}
+	}
+	return !c.local.has(chunk)
 }
 
 // Whole reports whether a content, by its number in the index, is whole.
@@ -439,6 +460,9 @@ func (c *Contents) lookAgain(i int) error {
 		return err
 	}
 	defer c.s.stages.release(h)
+	if err := h.val.refresh(); err != nil {
+		return err
+	}
 	c.agree(i, h.val)
 	return nil
 }

@@ -107,6 +107,42 @@ func (s *Store) openStage(ct image.Content, layout layoutID) (*stage, error) {
 	return st, unix.Close(fd)
 }
 
+// refresh sees what another process has added to the file since it was opened.
+func (st *stage) refresh() error {
+	st.mu.Lock()
+	defer st.mu.Unlock()
+	if st.state != stageReading {
+		return nil
+	}
+	fd := st.data.fd
+	if fd < 0 {
+		var err error
+		if fd, err = openat(st.s.stagingDir.fd, st.name, unix.O_RDONLY|unix.O_NOFOLLOW); err != nil {
+			return ignoreAbsent(err)
+		}
+	}
+	m, err := st.s.readMap(st.name + mapSuffix)
+	if err != nil || !st.owns(m) || m.boot != st.s.boot || !st.named(fd) {
+		if fd != st.data.fd {
+			unix.Close(fd)
+		}
+		return nil
+	}
+	have, _ := m.believed()
+	for k := range st.bad {
+		have.clear(k)
+	}
+	if fd != st.data.fd {
+		st.install(temp{fd: fd}, have)
+		return nil
+	}
+	st.io.Lock()
+	st.have = have
+	st.io.Unlock()
+	st.epoch = epochs.Add(1)
+	return nil
+}
+
 // owns reports whether m is a map of this content cut into these chunks.
 func (st *stage) owns(m *stageMap) bool {
 	return m.layout == st.layout && m.content == st.content && m.size == st.size && m.chunks == st.chunks

@@ -30,11 +30,12 @@ func (b Budget) none() bool { return b.Size <= 0 && b.Free <= 0 }
 var ErrBudget = errors.New("the store's budget is used up by images in use")
 
 // usageName is a file with how many bytes the store has on disk, as a decimal
-// number, and when that was last counted, as seconds since 1970. All processes
-// add to it what they store, so it is right within noteEvery for each that
-// runs and that much more for each that was killed; counting anew is what
-// eviction begins with. Without the file, or with anything else in it, the
-// store is counted.
+// number, and when that was last counted, as seconds since 1970, 0 for never.
+// All processes add to it what they store, so it is right within noteEvery
+// for each that runs and that much more for each that was killed; counting
+// anew is what eviction begins with. Without the file, or with anything else
+// in it, nothing was counted. A process that finds it changed knows that
+// another one stores.
 const usageName = "usage"
 
 const (
@@ -49,8 +50,9 @@ type meter struct {
 	budget Budget
 
 	pending atomic.Int64 // bytes not yet added to the file
-	total   atomic.Int64 // what the file said last, -1 unknown
+	total   atomic.Int64 // what the file said last, -1 before it was first read
 	counted atomic.Int64 // when what the file said was counted, seconds since 1970
+	others  atomic.Int64 // how often the file was found changed by another process
 
 	mu      sync.Mutex // held while room is being made
 	retryAt time.Time  // guarded by mu: not before then, after there was none
@@ -89,8 +91,8 @@ func (m *meter) add(n int64) {
 func (m *meter) note() {
 	p := m.pending.Swap(0)
 	m.update(func(total, counted int64) (int64, int64) {
-		if total < 0 {
-			return total, counted
+		if total != m.total.Load() {
+			m.others.Add(1)
 		}
 		return max(0, total+p), counted
 	})
@@ -114,21 +116,19 @@ func (m *meter) update(f func(total, counted int64) (int64, int64)) {
 	total, counted := f(parseUsage(b[:n]))
 	m.total.Store(total)
 	m.counted.Store(counted)
-	if total >= 0 {
-		// Of one length always, so that no write leaves an end of another.
-		pwrite(fd, fmt.Appendf(nil, "%020d %020d\n", total, counted), 0)
-	}
+	// Of one length always, so that no write leaves an end of another.
+	pwrite(fd, fmt.Appendf(nil, "%020d %020d\n", total, counted), 0)
 }
 
 func parseUsage(b []byte) (total, counted int64) {
 	f := strings.Fields(string(b))
 	if len(f) != 2 {
-		return -1, 0
+		return 0, 0
 	}
 	total, err1 := strconv.ParseInt(f[0], 10, 64)
 	counted, err2 := strconv.ParseInt(f[1], 10, 64)
-	if err1 != nil || err2 != nil || total < 0 {
-		return -1, 0
+	if err1 != nil || err2 != nil || total < 0 || counted < 0 {
+		return 0, 0
 	}
 	return total, counted
 }
@@ -138,12 +138,12 @@ func (m *meter) fits(n int64) bool {
 	if m.full.Load() != nil {
 		return false
 	}
-	if p := m.pending.Load(); m.total.Load() < 0 || p == 0 || p >= noteEvery {
+	if p := m.pending.Load(); m.counted.Load() == 0 || p == 0 || p >= noteEvery {
 		m.note() // sees what others have stored
 	}
 	if m.budget.Size > 0 {
 		total := m.total.Load()
-		if total < 0 || total+m.pending.Load()+n > m.budget.Size {
+		if m.counted.Load() == 0 || total+m.pending.Load()+n > m.budget.Size {
 			return false
 		}
 		if total > m.budget.Size/2 && time.Since(time.Unix(m.counted.Load(), 0)) > countEvery {

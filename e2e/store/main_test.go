@@ -199,6 +199,17 @@ func (b *bench) mount(source string, flags ...string) string {
 	return p
 }
 
+// unmount unmounts, and waits while a swap has the mount in hand.
+func (b *bench) unmount(point string) (err error) {
+	for range 100 {
+		if _, err = b.run("umount", point); err == nil || !strings.Contains(err.Error(), "busy") {
+			return err
+		}
+		time.Sleep(20 * time.Millisecond)
+	}
+	return err
+}
+
 // A status is what 'status --json' says.
 type status struct {
 	State      string `json:"state"`
@@ -259,7 +270,7 @@ func files(dir string, seed uint64, n, size int) (all []file) {
 type built struct {
 	name  string
 	files []file
-	bytes int64 // of its blobs
+	blobs map[string]int64 // sizes by digest
 }
 
 // serve starts a registry; it ends with the test.
@@ -277,7 +288,7 @@ func serve(t testing.TB) *registrytest.Registry {
 // eStargz with chunks of chunkSize bytes (0: its own).
 func push(t testing.TB, r *registrytest.Registry, name string, chunkSize int, layers ...[]file) built {
 	t.Helper()
-	b := built{name: "docker://" + r.Host() + "/" + name + ":latest"}
+	b := built{name: "docker://" + r.Host() + "/" + name + ":latest", blobs: map[string]int64{}}
 	var blobs []*imagetest.Blob
 	for _, l := range layers {
 		dirs := map[string]bool{}
@@ -293,7 +304,7 @@ func push(t testing.TB, r *registrytest.Registry, name string, chunkSize int, la
 		blob := imagetest.Must(imagetest.EStargz(tar, imagetest.Options{ChunkSize: chunkSize, Level: 1}))
 		blobs = append(blobs, blob)
 		b.files = append(b.files, l...)
-		b.bytes += blob.Desc.Size
+		b.blobs[blob.Desc.Digest.String()] = blob.Desc.Size
 	}
 	o := imagetest.Must(imagetest.Image(blobs...))
 	for d, data := range o.Blobs {
