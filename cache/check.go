@@ -479,9 +479,10 @@ func (c *checker) stagingMap(path string, d image.Digest) error {
 	}
 	var st unix.Stat_t
 	serr := unix.Fstatat(c.s.stagingDir.fd, name, &st, unix.AT_SYMLINK_NOFOLLOW)
-	if locked && (m == nil && err == nil || errors.Is(serr, unix.ENOENT)) {
-		// What a process leaves that is killed between map and file: nothing
-		// is lost.
+	begun := err == nil && m == nil || errors.Is(serr, unix.ENOENT) || err == nil && st.Size == 0 && !slices.ContainsFunc(m.bits, func(b byte) bool { return b != 0 })
+	if locked && begun {
+		// What a process leaves that is killed while it makes map and file:
+		// nothing is lost.
 		return errors.Join(ignoreAbsent(unix.Unlinkat(c.s.stagingDir.fd, name, 0)), ignoreAbsent(unix.Unlinkat(c.s.stagingDir.fd, name+mapSuffix, 0)))
 	}
 	if m == nil && err == nil || serr != nil {

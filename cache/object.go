@@ -99,7 +99,12 @@ func (s *Store) storeSmall(d image.Digest, data []byte) error {
 	defer hashes.Put(h)
 	h.Reset()
 	h.Write(data)
-	object := image.Digest(h.Sum())
+	return s.storeTemp(&t, d, image.Digest(h.Sum()), int64(len(data)))
+}
+
+// storeTemp makes the whole and checked temporary file t an object and gives it
+// its names. It may replace t's descriptor.
+func (s *Store) storeTemp(t *temp, content, object image.Digest, size int64) error {
 	if !s.noVerity.Load() && t.name == "" {
 		// Verity cannot be enabled on a file that is open for writing. (A
 		// named temporary file would lose its lock; objectDigest enables later.)
@@ -108,18 +113,18 @@ func (s *Store) storeSmall(d image.Digest, data []byte) error {
 			return err
 		}
 		s.setXattr(ro, object)
-		if err := unix.Close(t.fd); err != nil {
-			t.fd = ro
+		err = unix.Close(t.fd)
+		t.fd = ro
+		if err != nil {
 			return err
 		}
-		t.fd = ro
 		if err := s.enable(t.fd); err != nil {
 			return err
 		}
 	} else {
 		s.setXattr(t.fd, object)
 	}
-	return s.name(t, d, object, int64(len(data)))
+	return s.name(*t, content, object, size)
 }
 
 // hashes holds *verity.Hash for SHA-256: one is larger than most files.

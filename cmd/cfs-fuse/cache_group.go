@@ -50,7 +50,7 @@ func newCache(g *global) *cobra.Command {
 	}
 	cmd.PersistentFlags().StringVar(&f.root, "root", defaultRoot(), "`folder` of the store")
 	cmd.PersistentFlags().BoolVar(&f.asJSON, "json", false, "print JSON; sizes are bytes")
-	cmd.AddCommand(newCacheLs(f), newCacheDu(f), newCacheGc(f), newCacheRm(f), newCachePin(f), newCacheUnpin(f), newCacheCheck(f))
+	cmd.AddCommand(newCacheLs(f), newCacheDu(f), newCacheGc(f), newCacheRm(f), newCachePin(f), newCacheUnpin(f), newCacheCheck(f), newCacheImport(f))
 	return cmd
 }
 
