@@ -39,7 +39,7 @@ func newComposefsFuse() *cobra.Command {
 			}
 			g := global{runtimeDir: defaultRuntime(), logLevel: "info"}
 			f.opts.Root, f.opts.Objects = defaultRoot(), objects
-			f.swap, f.verity, f.pull, f.fill = "never", "off", "missing", true
+			f.backend, f.swap, f.verity, f.pull, f.fill = "fuse", "never", "off", "missing", true
 			return f.run(cmd.Context(), &g, "composefs:"+image, args[0])
 		},
 	}
