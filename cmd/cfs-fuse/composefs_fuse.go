@@ -38,11 +38,12 @@ func newComposefsFuse() *cobra.Command {
 				return usage(err)
 			}
 			g := global{runtimeDir: defaultRuntime(), logLevel: "info"}
-			f.opts.Root, f.opts.Objects = defaultRoot(), objects
-			f.backend, f.swap, f.verity, f.pull, f.fill = "fuse", "never", "off", "missing", true
+			f.opts.Objects = objects
+			f.backend, f.swap, f.verity = "fuse", "never", "off"
 			return f.run(cmd.Context(), &g, "composefs:"+image, args[0])
 		},
 	}
+	f.define(&cobra.Command{})
 	fl := cmd.Flags()
 	fl.StringArrayVarP(&options, "options", "o", nil, "`options`, with commas between")
 	fl.BoolVarP(&f.foreground, "foreground", "f", false, "stay in the foreground")

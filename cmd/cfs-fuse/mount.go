@@ -56,7 +56,7 @@ type mountFlags struct {
 }
 
 func newMount(g *global) *cobra.Command {
-	f := mountFlags{memory: fetcher.DefaultMemory}
+	var f mountFlags
 	cmd := &cobra.Command{
 		Use:     "mount [flags] SOURCE MOUNTPOINT",
 		Short:   "Mount an image",
@@ -67,6 +67,13 @@ func newMount(g *global) *cobra.Command {
 			return f.run(cmd.Context(), g, args[0], args[1])
 		},
 	}
+	f.define(cmd)
+	return cmd
+}
+
+// define gives a command the flags of a mount, and f their defaults.
+func (f *mountFlags) define(cmd *cobra.Command) {
+	f.memory = fetcher.DefaultMemory
 	fl := cmd.Flags()
 	fl.StringVar(&f.opts.Root, "root", defaultRoot(), "`folder` of the store")
 	fl.StringVar(&f.opts.Source.Platform, "platform", "", "`os/arch` to take of a multi-platform image (default this machine's)")
@@ -86,7 +93,6 @@ func newMount(g *global) *cobra.Command {
 	fl.StringArrayVar(&f.opts.Objects, "objects", nil, "`folder` of objects of a composefs: source (may be repeated)")
 	addBudget(cmd, &f.opts.Budget)
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, log to standard error, unmount on Ctrl-C")
-	return cmd
 }
 
 // minMemory is what two chunks of the usual size take.
