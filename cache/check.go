@@ -117,7 +117,7 @@ func (c *checker) run(ctx context.Context) (err error) {
 // storeNames are the names in the store's folder, and whether they are folders.
 var storeNames = map[string]bool{
 	versionName: false, readmeName: false, bootName: false, syncedName: false, usageName: false, collectName: false,
-	"objects": true, "contents": true, "staging": true, "images": true, "refs": true,
+	"objects": true, "contents": true, "staging": true, "images": true, "refs": true, ProfilesName: true,
 	leasesName: true, pinsName: true, asideName: true, "lost+found": true,
 }
 

@@ -24,6 +24,10 @@ const (
 	RecordName = "sealed.json"  // says that the image is Sealed; goes before what it promises
 )
 
+// ProfilesName is the folder of the store in which package mount keeps the access
+// profiles of repositories.
+const ProfilesName = "profiles"
+
 // Names in the store's folder that belong to leases and collection.
 const (
 	leasesName  = "leases" // leases/<manifest digest>: locked while the image is used, its mtime the last use

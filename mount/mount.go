@@ -249,7 +249,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 		blobs[i] = m.src.Blob(desc)
 	}
 	m.spare = newSpareChunks(m.image.index, m.contents)
-	return fetcher.New(m.image.index, blobs, m.contents, fetcher.FetchOptions{
+	return fetcher.New(m.image.index, blobs, m.spare, fetcher.FetchOptions{
 		Share: m.opts.Share, First: first, Metrics: m.opts.Metrics, Logger: m.log})
 }
 

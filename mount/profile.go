@@ -27,7 +27,7 @@ import (
 // and by manifest digest, those that were imported.
 const (
 	profileName = "profile.json"
-	profilesDir = "profiles"
+	profilesDir = cache.ProfilesName
 )
 
 // A recorder notes the first read of each chunk of an image, in their order.
