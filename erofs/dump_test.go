@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io"
 	"math"
+	"math/rand/v2"
+	"slices"
 	"strings"
 	"testing"
 	"testing/iotest"
@@ -192,6 +194,75 @@ func TestDumpOrders(t *testing.T) {
 }
 
 // TestDumpLinkChain follows many links through one another.
+// TestDumpLines: a large folder out of order is sorted, in the memory too, and
+// each node still knows its line; a name twice in it is blamed on the second.
+func TestDumpLines(t *testing.T) {
+	const n = 1000
+	for _, links := range []bool{false, true} {
+		order := rand.New(rand.NewPCG(3, 4)).Perm(n)
+		var b strings.Builder
+		b.WriteString(top)
+		lines, line := map[string]int{"/": 1}, 1
+		add := func(path, rest string) {
+			b.WriteString(path + rest + "\n")
+			line++
+			lines[path] = line
+		}
+		for _, k := range order {
+			path := fmt.Sprintf("/entry%04d", k)
+			if k%3 > 0 {
+				add(path, " 0 100644 1 0 0 0 0.0 - - -")
+				continue
+			}
+			add(path, " 0 40755 2 0 0 0 0.0 - - -")
+			if k%300 > 0 {
+				continue
+			}
+			for _, i := range order {
+				add(fmt.Sprintf("%s/%s%d", path, strings.Repeat("x", i%9), i), " 0 100644 1 0 0 0 0.0 - - -")
+			}
+		}
+		if links {
+			add("/link", fmt.Sprintf(" 0 @100644 - - - - 0.0 /entry%04d - -", 1))
+		}
+		d, err := ReadDump(strings.NewReader(b.String()), true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		found := 0
+		var visit func(path string, n *Node)
+		visit = func(path string, n *Node) {
+			found++
+			if path == "" {
+				path = "/"
+			}
+			if got := d.Line(n); got != lines[path] {
+				t.Fatalf("%s: line %d, want %d", path, got, lines[path])
+			}
+			if !slices.IsSortedFunc(n.Children, func(x, y *Node) int { return strings.Compare(x.Name, y.Name) }) {
+				t.Errorf("%s is not in order", path)
+			}
+			for _, c := range n.Children {
+				visit(strings.TrimSuffix(path, "/")+"/"+c.Name, c)
+			}
+		}
+		visit("", d.Root)
+		if found != len(lines) {
+			t.Errorf("%d nodes of %d lines", found, len(lines))
+		}
+		if d.Line(&Node{}) != 0 {
+			t.Error("a node of nowhere has a line")
+		}
+		for _, again := range []string{"/entry0007 0 100644", "/entry0006 0 40755", "/entry0005 0 40755"} {
+			_, err = ReadDump(strings.NewReader(b.String()+again+" 1 0 0 0 0.0 - - -\n/z 0 100644 1 0 0 0 0.0 - - -\n"), false)
+			var e *DumpError
+			if !errors.As(err, &e) || e.Line != line+1 || !strings.Contains(err.Error(), "second entry") {
+				t.Errorf("%s again: %v, want line %d", again, err, line+1)
+			}
+		}
+	}
+}
+
 func TestDumpLinkChain(t *testing.T) {
 	const n = 50000
 	var b strings.Builder

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math"
 	"slices"
 )
@@ -52,12 +53,25 @@ func ParseDump(r io.Reader) (*Node, error) {
 // A Dump is a tree that knows the lines it was read from.
 type Dump struct {
 	Root  *Node
-	slabs [][]Node // the nodes in the order of the lines
+	slabs [][]Node  // the nodes in the order of the lines
+	moved []settled // directories whose nodes are in another order
+}
+
+// A settled directory has its entries where others were when they were read.
+type settled struct {
+	entries []*Node
+	from    []int32
 }
 
 // Line returns the number of the line, counted from 1, that n was read from, or
 // 0 if it is not of this dump. It looks through all nodes.
 func (d *Dump) Line(n *Node) int {
+	for _, m := range d.moved {
+		if k := slices.Index(m.entries, n); k >= 0 {
+			n = m.entries[m.from[k]]
+			break
+		}
+	}
 	line := 0
 	for _, slab := range d.slabs {
 		for i := range slab {
@@ -80,13 +94,23 @@ type dumpParser struct {
 	path []byte
 	open []openDir
 
-	// loose has the names in directories that got many entries out of order;
-	// they are sorted at the end. All others are always in order.
-	loose map[*Node]map[string]*Node
+	// loose has the directories that got many entries out of order, with those
+	// of their entries that are directories; they are sorted at the end. All
+	// others are always in order.
+	loose map[*Node]*looseDir
+	// last is the directory that was asked about last, and lastLoose what loose
+	// has of it: entries of a directory come one after the other.
+	last      *Node
+	lastLoose *looseDir
 
 	links []dumpLink
 	nodes []Node   // the rest of the last slab
 	slabs [][]Node // a node for each line
+}
+
+type looseDir struct {
+	depth int // of the directory
+	dirs  map[string]*Node
 }
 
 type openDir struct {
@@ -105,7 +129,7 @@ type dumpLink struct {
 // devices, a symbolic link's SIZE is the length of its target and its CONTENT
 // "-", and the last line ends with a newline.
 func ReadDump(r io.Reader, strict bool) (*Dump, error) {
-	p := &dumpParser{strict: strict, loose: map[*Node]map[string]*Node{}}
+	p := &dumpParser{strict: strict, loose: map[*Node]*looseDir{}}
 	in := bufio.NewReaderSize(r, 64<<10)
 	var long []byte
 	for {
@@ -144,13 +168,37 @@ func ReadDump(r io.Reader, strict bool) (*Dump, error) {
 	if p.root == nil {
 		return nil, &DumpError{1, errors.New("the dump is empty, want an entry for /")}
 	}
-	for dir := range p.loose {
-		sortByName(dir.Children)
+	d := &Dump{Root: p.root, slabs: p.slabs}
+	if err := p.order(d); err != nil {
+		return nil, err
 	}
 	if err := p.resolveLinks(); err != nil {
 		return nil, err
 	}
-	return &Dump{p.root, p.slabs}, nil
+	return d, nil
+}
+
+// order sorts the directories that are loose. With hard links in the dump the
+// nodes stay where they are, as the links lead to places.
+func (p *dumpParser) order(d *Dump) error {
+	dirs := slices.Collect(maps.Keys(p.loose))
+	// The deepest first: its node may move when the one above is sorted.
+	slices.SortFunc(dirs, func(x, y *Node) int { return cmp.Compare(p.loose[y].depth, p.loose[x].depth) })
+	for _, dir := range dirs {
+		c := dir.Children
+		if len(p.links) > 0 {
+			sortByName(c)
+		} else {
+			d.moved = append(d.moved, settled{c, settle(c)})
+		}
+		for k := 1; k < len(c); k++ {
+			if c[k].Name == c[k-1].Name {
+				return &DumpError{max(d.Line(c[k-1]), d.Line(c[k])), fmt.Errorf("%.200q: a second entry of this name", c[k].Name)}
+			}
+		}
+	}
+	clear(p.loose)
+	return nil
 }
 
 // fields are the text of a line's fixed fields; a missing one is empty.
@@ -289,12 +337,11 @@ func (p *dumpParser) place(path []byte) (parent *Node, name []byte, err error) {
 	return dir, name, nil
 }
 
-// find returns the entry of a directory, or nil.
+// find returns the entry of a directory, or nil. Of a loose one it knows the
+// directories only.
 func (p *dumpParser) find(dir *Node, name []byte) *Node {
-	if len(p.loose) > 0 {
-		if names, ok := p.loose[dir]; ok {
-			return names[string(name)]
-		}
+	if l := p.looseOf(dir); l != nil {
+		return l.dirs[string(name)]
 	}
 	c := dir.Children
 	if len(c) == 0 || c[len(c)-1].Name < string(name) {
@@ -308,24 +355,42 @@ func (p *dumpParser) find(dir *Node, name []byte) *Node {
 
 // insert adds an entry that find does not know.
 func (p *dumpParser) insert(dir, n *Node) {
-	const few = 128 // moving so many pointers costs less than a map
+	const few = 128 // moving so many pointers costs less than sorting at the end
 	c := dir.Children
-	if names, ok := p.loose[dir]; ok {
-		names[n.Name] = n
+	if l := p.looseOf(dir); l != nil {
+		l.add(n)
 	} else if len(c) > 0 && c[len(c)-1].Name > n.Name {
 		if len(c) < few {
 			k, _ := slices.BinarySearchFunc(c, n.Name, func(n *Node, name string) int { return cmp.Compare(n.Name, name) })
 			dir.Children = slices.Insert(c, k, n)
 			return
 		}
-		names := make(map[string]*Node, 2*len(c))
+		l = &looseDir{depth: len(p.open), dirs: map[string]*Node{}}
 		for _, n := range c {
-			names[n.Name] = n
+			l.add(n)
 		}
-		names[n.Name] = n
-		p.loose[dir] = names
+		l.add(n)
+		p.loose[dir], p.last = l, nil
 	}
 	dir.Children = append(c, n)
+}
+
+// looseOf returns what loose has of a directory, nil if it is in order.
+func (p *dumpParser) looseOf(dir *Node) *looseDir {
+	if len(p.loose) == 0 {
+		return nil
+	}
+	if p.last != dir {
+		p.last, p.lastLoose = dir, p.loose[dir]
+	}
+	return p.lastLoose
+}
+
+// add notes an entry.
+func (l *looseDir) add(n *Node) {
+	if n.Link == nil && n.Mode&modeType == modeDir {
+		l.dirs[n.Name] = n
+	}
 }
 
 // link takes a line whose MODE begins with "@": of the fields only PATH, MODE
