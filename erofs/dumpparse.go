@@ -574,27 +574,38 @@ func (n *Node) findXattr(name string) int {
 // resolveLinks finds what the hard links lead to, through other links. Each
 // link is followed once.
 func (p *dumpParser) resolveLinks() error {
-	pending := make(map[*Node]int, len(p.links))
+	var index map[*Node]int // of all links, made when a link leads to another
+	var chain []*Node
+	var target []byte // of the last look-up, often that of the next one too
+	var found *Node
 	for i := range p.links {
-		pending[p.links[i].node] = i
-	}
-	for i := range p.links {
-		var chain []*Node
-		at, line := p.links[i].node, p.links[i].line
+		chain = chain[:0]
+		at, k := p.links[i].node, i
 		for at.Link == at {
-			k, ok := pending[at]
-			if !ok {
-				return &DumpError{line, fmt.Errorf("%.200q: the hard links lead in a circle", p.links[i].target)}
+			if k < 0 {
+				if index == nil {
+					index = make(map[*Node]int, len(p.links))
+					for i := range p.links {
+						index[p.links[i].node] = i
+					}
+				}
+				k = index[at]
 			}
-			delete(pending, at)
+			at.Link = nil // on the way
 			chain = append(chain, at)
-			target := p.links[k].target
-			line = p.links[k].line
-			if at = p.lookup(target); at == nil {
-				return &DumpError{line, fmt.Errorf("PAYLOAD: there is no %.200q to link to", target)}
+			l := &p.links[k]
+			if !bytes.Equal(target, l.target) {
+				target, found = l.target, p.lookup(l.target)
 			}
-			if at.Link == nil && at.Mode&modeType == modeDir {
-				return &DumpError{line, fmt.Errorf("PAYLOAD: a hard link to the directory %.200q", target)}
+			if at, k = found, -1; at == nil {
+				return &DumpError{l.line, fmt.Errorf("PAYLOAD: there is no %.200q to link to", target)}
+			}
+			switch {
+			case at.Link != nil:
+			case at.Mode == 0: // only links have none
+				return &DumpError{l.line, fmt.Errorf("%.200q: the hard links lead in a circle", target)}
+			case at.Mode&modeType == modeDir:
+				return &DumpError{l.line, fmt.Errorf("PAYLOAD: a hard link to the directory %.200q", target)}
 			}
 		}
 		if at.Link != nil {
