@@ -76,3 +76,81 @@ func TestPodmanDumps(t *testing.T) {
 	// The image is made anew on each machine, of the same files at other times.
 	sameTree(t, set.Reference(images.Small), point, treediff.Options{Without: treediff.Mtime})
 }
+
+// podmanScript runs in namespaces of its own: the root filesystem in $1 gets
+// what is written from the folder $2, pulls $3 and copies the tree that it
+// mounts.
+const podmanScript = `set -e
+root=$1; work=$2; image=$3
+mount --bind "$root" "$root"
+mount -o remount,bind,ro "$root"
+mount -t proc proc "$root/proc"
+mount --rbind /sys "$root/sys"
+mount --rbind /dev "$root/dev"
+mount -t tmpfs run "$root/run"
+for dir in srv tmp var/tmp etc/containers usr/local/bin; do mount --bind "$work/$dir" "$root/$dir"; done
+run() { chroot "$root" /usr/bin/env -i HOME=/tmp PATH=/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin PODMAN_IGNORE_CGROUPSV1_WARNING=1 "$@"; }
+run podman pull --quiet --tls-verify=false "$image"
+tree=$(run podman image mount "$image")
+grep " $root$tree " /proc/self/mounts >"$work/mounts"
+cp -a "$root$tree/." "$work/tree"
+run podman image umount "$image"
+`
+
+// TestPodman has Podman of Debian trixie pull a zstd:chunked image with
+// use_composefs, which calls our mkcomposefs for it, mounts the image that we
+// wrote, and must show the image's tree.
+func TestPodman(t *testing.T) {
+	cache, err := images.DefaultCache()
+	if err != nil {
+		t.Fatal(err)
+	}
+	root, err := images.Podman(t.Context(), cache, os.Stderr)
+	if err != nil {
+		t.Fatal(err)
+	}
+	b := newBench(t)
+	work := filepath.Join(b.dir, "work")
+	for _, dir := range []string{"srv", "tmp", "var/tmp", "etc/containers", "usr/local/bin", "tree"} {
+		if err := os.MkdirAll(filepath.Join(work, dir), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for path, text := range map[string]string{
+		"etc/containers/policy.json": `{"default": [{"type": "insecureAcceptAnything"}]}`,
+		"etc/containers/storage.conf": `[storage]
+driver = "overlay"
+runroot = "/run/storage"
+graphroot = "/srv"
+[storage.options]
+pull_options = {enable_partial_images = "true", convert_images = "true", use_hard_links = "false", ostree_repos = ""}
+[storage.options.overlay]
+use_composefs = "true"
+`} {
+		if err := os.WriteFile(filepath.Join(work, path), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	program, err := os.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(work, "usr/local/bin/mkcomposefs"), program, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
+		"sh", "-c", podmanScript, "sh", root, work, registry.Addr+"/"+images.Small+":"+images.ZstdChunked).CombinedOutput()
+	if err != nil {
+		t.Fatalf("podman: %v\n%s", err, out)
+	}
+	mounts, err := os.ReadFile(filepath.Join(work, "mounts"))
+	if err != nil || !bytes.Contains(mounts, []byte("overlay")) || !bytes.Contains(mounts, []byte("composefs-layers")) {
+		t.Errorf("what podman mounted is no composefs: %s, %v", mounts, err)
+	}
+	blobs, err := filepath.Glob(filepath.Join(work, "srv/overlay/*/composefs-data/composefs.blob"))
+	if err != nil || len(blobs) != 1 {
+		t.Fatalf("composefs images: %q, %v", blobs, err)
+	}
+	b.must("erofs", "fsck", blobs[0])
+	sameTree(t, set.Reference(images.Small), filepath.Join(work, "tree"), treediff.Options{})
+}

@@ -126,15 +126,26 @@ func (b *builder) minbase(ctx context.Context, rootfs string) error {
 	if err != nil {
 		return err
 	}
+	return b.bootstrap(ctx, src.Suite, rootfs)
+}
+
+// bootstrap fills the empty folder rootfs with a release, from the mirror of
+// this machine.
+func (b *builder) bootstrap(ctx context.Context, suite, rootfs string, options ...string) error {
+	src, err := machineSource("/etc")
+	if err != nil {
+		return err
+	}
 	env, _, err := aptSettings(ctx)
 	if err != nil {
 		return err
 	}
 	// The namespaces end with the command, and with them every mount and
 	// process it might leave.
-	err = b.runEnv(ctx, env, "unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc",
-		"debootstrap", "--variant=minbase", "--keyring="+src.SignedBy, src.Suite, rootfs, src.URI)
-	if err != nil {
+	args := []string{"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "--mount-proc",
+		"debootstrap", "--variant=minbase", "--keyring=" + src.SignedBy}
+	args = append(append(args, options...), suite, rootfs, src.URI)
+	if err := b.runEnv(ctx, env, "unshare", args...); err != nil {
 		return err
 	}
 	return cleanRootfs(rootfs)

@@ -22,6 +22,7 @@
 //	<cache>/v1/reference/odd/, reference/small/
 //	<cache>/v1/registry/          docker-registry's storage: a repository per image, tagged by form
 //	<cache>/v1/build.log          what the tools said
+//	<cache>/podman-trixie/rootfs/ a root filesystem with Podman (Podman)
 package images
 
 import (
