@@ -6,7 +6,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME  ?= 30s
 # Packages of Debian that the tests use: real registries, real unpackers, real
 # images, the kernel's own checkers.
-APT       := btrfs-progs cpio debian-archive-keyring debootstrap docker-registry e2fsprogs erofs-utils fsverity fuse3 qemu-system-x86 skopeo umoci util-linux xfsprogs xz-utils
+APT       := btrfs-progs cpio debian-archive-keyring debootstrap docker-registry e2fsprogs erofs-utils fsverity fuse3 nginx-light qemu-system-x86 skopeo umoci util-linux xfsprogs xz-utils
 
 # Where 'install' puts things, and the names of the composefs tools that it
 # links to the command (mount(8) looks for its helper in sbin).
@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults
 
 all: build
 
@@ -66,6 +66,11 @@ test-vm:
 ## fuzz    each fuzz target for FUZZTIME (30s)
 fuzz:
 	GO=$(GO) FUZZTIME=$(FUZZTIME) sh e2e/fuzz.sh
+
+## soak-faults  each wrong answer to each kind of request, 20 seeds (SEEDS), some ten minutes
+SEEDS     ?= 20
+soak-faults:
+	CFS_FUSE_FAULT_SEEDS=$(SEEDS) $(GO) test -timeout 60m -count 1 -v -run 'TestFaultMatrix$$' ./fetcher
 
 ## deps    install the Debian packages that the tests need
 deps:

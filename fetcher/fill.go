@@ -166,7 +166,8 @@ func (p *filling) more() bool {
 		p.batch = min(2*p.batch, maxFill)
 		// Numbers of chunks are in the order of layers and offsets.
 		slices.SortFunc(batch, func(a, b span) int { return cmp.Compare(a.first, b.first) })
-		gap := f.link.ahead()
+		// Requests overlap, so that bytes nobody wants cost more than latency.
+		gap := f.link.ahead() / int64(f.opts.Streams)
 		for _, sp := range batch {
 			n := len(p.ranges)
 			if n > 0 && f.x.Chunk(p.ranges[n-1].first).Layer == f.x.Chunk(sp.first).Layer && sp.off-p.ranges[n-1].limit <= gap {

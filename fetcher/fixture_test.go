@@ -270,3 +270,10 @@ func readAll(b Blob, off, n int64) ([]byte, error) {
 	defer r.Close()
 	return io.ReadAll(r)
 }
+
+// A memBlob is a blob in memory.
+type memBlob []byte
+
+func (b memBlob) ReadRange(_ context.Context, off, n int64) (io.ReadCloser, error) {
+	return io.NopCloser(bytes.NewReader(b[off : off+n])), nil
+}

@@ -264,11 +264,11 @@ type registryBody struct {
 	gained   time.Time // when it last got on; what its reader took is not counted
 	idle     time.Time // when its reader was last given something; zero: never
 	breaks   int       // since then
-	bytes    int64     // since the last break
+	bytes    int64     // since then
 }
 
-// gain is how many bytes a body must give to count as getting on: a host that
-// breaks off sooner each time is as good as none.
+// gain is how many bytes a body must give to count as getting on: one that gives
+// less in all of ReadTimeout is as good as none.
 const gain = 64 << 10
 
 // minPart is how many bytes an answer with less than the whole range must give
@@ -294,7 +294,7 @@ func (b *registryBody) reopen() error {
 		}
 		return advise(err, r.ref.host)
 	}
-	if q.over(time.Now()) {
+	if b.breaks == 0 && q.over(time.Now()) {
 		b.gained = time.Now() // it had waited elsewhere, and begins now
 	}
 	return nil
@@ -346,10 +346,13 @@ func (b *registryBody) Read(p []byte) (n int, err error) {
 		b.cur.close()
 		b.cur = nil
 		b.skip = h.index + 1
-		b.bytes = 0
-		if end := b.b.r.deadline(b.gained); !end.IsZero() && !time.Now().Before(end) {
+		wait := jitter(min(maxBackoff, minBackoff<<min(b.breaks, 10)))
+		if end := b.b.r.deadline(b.gained); !end.IsZero() {
+			wait = min(wait, time.Until(end))
+		}
+		if wait <= 0 {
 			b.failed = advise(err, b.b.r.ref.host)
-		} else if !pause(b.ctx, jitter(min(maxBackoff, minBackoff<<min(b.breaks, 10)))) {
+		} else if !pause(b.ctx, wait) {
 			b.failed = context.Cause(b.ctx)
 		}
 		b.breaks++

@@ -132,7 +132,7 @@ func (b *builder) minbase(ctx context.Context, rootfs string) error {
 // bootstrap fills the empty folder rootfs with a release, from the mirror of
 // this machine.
 func (b *builder) bootstrap(ctx context.Context, suite, rootfs string, options ...string) error {
-	src, err := machineSource("/etc")
+	src, err := MachineSource("/etc")
 	if err != nil {
 		return err
 	}
