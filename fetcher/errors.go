@@ -41,6 +41,13 @@ func (e *StatusError) Error() string {
 	return fmt.Sprintf("get %s from %s: %d %s", e.Object, e.Host, e.Status, http.StatusText(e.Status))
 }
 
+// Is reports whether target is a StatusError of the same status, and says
+// nothing else.
+func (e *StatusError) Is(target error) bool {
+	t, ok := target.(*StatusError)
+	return ok && *t == StatusError{Status: e.Status}
+}
+
 // permanent reports whether the same host would answer the same again.
 func (e *StatusError) permanent() bool {
 	switch e.Status {
@@ -158,9 +165,11 @@ func advise(err error, registry string) error {
 		record   tls.RecordHeaderError
 	)
 	switch {
+	case errors.Is(err, &StatusError{Status: http.StatusUnauthorized}): // of any of several hosts
+		return hint.Wrap(err, "log in with 'docker login "+registry+"', or check that the name is right")
 	case errors.As(err, &status):
 		switch status.Status {
-		case http.StatusUnauthorized, http.StatusForbidden:
+		case http.StatusForbidden:
 			return hint.Wrap(err, "log in with 'docker login "+registry+"', or check that the name is right")
 		case http.StatusNotFound:
 			return hint.Wrap(err, "check the name and tag; a private image needs 'docker login "+registry+"'")

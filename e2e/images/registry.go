@@ -2,6 +2,7 @@ package images
 
 import (
 	"context"
+	"crypto/tls"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -19,6 +20,9 @@ type RegistryOptions struct {
 	Storage  string // docker-registry's root directory
 	Dir      string // a folder for the configuration file and the log
 	ReadOnly bool   // refuse pushes, and write nothing below Storage
+
+	Cert, Key string         // files in PEM: serve HTTPS with them
+	Auth      map[string]any // the section auth of docker-registry's configuration; nil: none
 }
 
 // A Registry is a running docker-registry on a loopback port.
@@ -46,6 +50,16 @@ func StartRegistry(ctx context.Context, o RegistryOptions) (*Registry, error) {
 		},
 		"http": map[string]any{"addr": addr},
 	}
+	scheme := "http"
+	if o.Cert != "" {
+		scheme = "https"
+		config["http"] = map[string]any{"addr": addr, "tls": map[string]any{"certificate": o.Cert, "key": o.Key}}
+	}
+	if o.Auth != nil {
+		config["auth"] = o.Auth
+	}
+	// Any answer will do, from whomever.
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{InsecureSkipVerify: true}, DisableKeepAlives: true}}
 	text, err := json.MarshalIndent(config, "", "  ")
 	if err != nil {
 		return nil, err
@@ -68,7 +82,7 @@ func StartRegistry(ctx context.Context, o RegistryOptions) (*Registry, error) {
 	}
 	go func() { r.done <- r.cmd.Wait() }()
 	for deadline := time.Now().Add(10 * time.Second); ; {
-		resp, err := http.Get("http://" + addr + "/v2/")
+		resp, err := client.Get(scheme + "://" + addr + "/v2/")
 		if err == nil {
 			resp.Body.Close()
 			return r, nil
