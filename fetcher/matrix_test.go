@@ -152,10 +152,10 @@ func (c *cell) do(q registrytest.Request, bad bool, first *atomic.Int64) registr
 }
 
 // once reports whether the fault may come once and no more: corruption that
-// comes twice is to be reported, and a host that wants to be left alone for an
-// hour is asked twice within ReadTimeout.
+// comes twice is to be reported, a host that wants to be left alone for an hour
+// is asked twice within ReadTimeout, and one that trickles thrice.
 func (c *cell) once() bool {
-	return c.fault.Kind == registrytest.Corrupt || c.fault.RetryAfter == "3600"
+	return c.fault.Kind == registrytest.Corrupt || c.fault.RetryAfter == "3600" || c.fault.Kind == registrytest.Trickle
 }
 
 func (c *cell) run(t *testing.T) {

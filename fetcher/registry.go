@@ -188,7 +188,7 @@ func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) 
 		if a.resp.StatusCode != http.StatusOK {
 			return a.statusError()
 		}
-		if limit := r.opts.ReadTimeout / 2; limit > 0 { // for one that trickles
+		if limit := r.opts.ReadTimeout / 3; limit > 0 { // for one that trickles
 			a.deadline = time.Now().Add(limit)
 		}
 		raw, err = io.ReadAll(io.LimitReader(a, maxManifest+1))

@@ -261,6 +261,7 @@ type registryBody struct {
 	cur      *answer
 	host     *host     // who gave the last bytes, or will give the next
 	failed   error     // final
+	opened   time.Time // when cur was; what its reader took is not counted
 	gained   time.Time // when it last got on; what its reader took is not counted
 	idle     time.Time // when its reader was last given something; zero: never
 	breaks   int       // since then
@@ -284,7 +285,7 @@ func (b *registryBody) reopen() error {
 		a, err := b.b.open(b.ctx, h, q, b.off, b.end)
 		if err == nil {
 			h.answered()
-			b.cur, b.host = a, h
+			b.cur, b.host, b.opened = a, h, time.Now()
 		}
 		return err
 	})
@@ -302,7 +303,8 @@ func (b *registryBody) reopen() error {
 
 func (b *registryBody) Read(p []byte) (n int, err error) {
 	if !b.idle.IsZero() {
-		b.gained = b.gained.Add(time.Since(b.idle))
+		idle := time.Since(b.idle)
+		b.gained, b.opened = b.gained.Add(idle), b.opened.Add(idle)
 	}
 	defer func() { b.idle = time.Now() }()
 	for b.failed == nil {
@@ -369,11 +371,15 @@ func (b *registryBody) gain(n int64) {
 }
 
 // patience bounds the next read: by what is left until all has failed for too
-// long, and halfway there by an error, so that another host has its turn.
+// long, and after a third of that by an error, so that others have their turn.
 func (b *registryBody) patience() error {
 	r := b.b.r
 	b.cur.deadline = r.deadline(b.gained)
-	if r.opts.ReadTimeout > 0 && b.breaks == 0 && time.Since(b.gained) > r.opts.ReadTimeout/2 {
+	since := b.gained
+	if b.opened.After(since) {
+		since = b.opened
+	}
+	if r.opts.ReadTimeout > 0 && time.Since(since) > r.opts.ReadTimeout/3 {
 		return errTrickle
 	}
 	return nil
