@@ -485,22 +485,18 @@ func (c *checker) stagingMap(path string, d image.Digest) error {
 		// nothing is lost.
 		return errors.Join(ignoreAbsent(unix.Unlinkat(c.s.stagingDir.fd, name, 0)), ignoreAbsent(unix.Unlinkat(c.s.stagingDir.fd, name+mapSuffix, 0)))
 	}
-	if m == nil && err == nil || serr != nil {
+	if begun || serr != nil {
 		return nil
 	}
 	if err == nil && (m.content != d || m.size != st.Size) {
 		err = fmt.Errorf("it is for %d bytes of %s, the file has %d", m.size, m.content, st.Size)
 	}
+	if err != nil && !locked {
+		return nil // whoever has the lock may be making it anew
+	}
 	if err != nil {
-		done := ""
-		if locked {
-			done = "removed"
-			if err := errors.Join(unix.Unlinkat(c.s.stagingDir.fd, name, 0), unix.Unlinkat(c.s.stagingDir.fd, name+mapSuffix, 0)); err != nil {
-				return err
-			}
-		}
-		c.found(path, done, "%v", err)
-		return nil
+		c.found(path, "removed", "%v", err)
+		return errors.Join(unix.Unlinkat(c.s.stagingDir.fd, name, 0), unix.Unlinkat(c.s.stagingDir.fd, name+mapSuffix, 0))
 	}
 	if !c.o.Read || m.boot != c.s.boot { // else it is compared before it is believed
 		return nil

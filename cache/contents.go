@@ -264,20 +264,26 @@ func (c *Contents) Put(chunk int, data []byte) error {
 		return err
 	}
 	defer c.life.RUnlock()
+	_, err := c.putFrom(chunk, data, nil)
+	return err
+}
+
+// putFrom is Put for who has begun. The data may lie in another file too; it
+// reports whether that one's blocks are shared.
+func (c *Contents) putFrom(chunk int, data []byte, from *extent) (cloned bool, err error) {
 	if chunk < 0 || chunk >= c.cut {
-		return fmt.Errorf("put chunk %d of %d: %w", chunk, c.cut, unix.EINVAL)
+		return false, fmt.Errorf("put chunk %d of %d: %w", chunk, c.cut, unix.EINVAL)
 	}
 	ch := c.x.Chunk(chunk)
 	ct := c.x.Content(ch.Content)
 	if int64(len(data)) != ch.Size && (data != nil || !ch.Zero) {
-		return fmt.Errorf("put chunk %d of content %s: %d bytes, want %d", chunk, ct.Digest, len(data), ch.Size)
+		return false, fmt.Errorf("put chunk %d of content %s: %d bytes, want %d", chunk, ct.Digest, len(data), ch.Size)
 	}
 	if c.local.has(chunk) {
-		return nil
+		return false, nil
 	}
-	err := c.s.meter.admit(int64(len(data)))
-	if err != nil {
-		return fmt.Errorf("put chunk %d of content %s: %w", chunk, ct.Digest, err)
+	if err := c.s.meter.admit(int64(len(data))); err != nil {
+		return false, fmt.Errorf("put chunk %d of content %s: %w", chunk, ct.Digest, err)
 	}
 	if ct.Chunks == 1 && data != nil {
 		err = c.putOnly(ct, ch.Digest, data)
@@ -285,10 +291,10 @@ func (c *Contents) Put(chunk int, data []byte) error {
 			c.becomeWhole(ch.Content)
 		}
 	} else {
-		err = c.putStaged(ch.Content, chunk, ch.FileOffset, data)
+		cloned, err = c.putStaged(ch.Content, chunk, ch.FileOffset, data, from)
 	}
 	if err == nil {
-		return nil
+		return cloned, nil
 	}
 	if _, wrong := errors.AsType[*DigestError](err); !wrong {
 		c.s.metrics.ChunkFailed(metrics.ReasonStore)
@@ -297,7 +303,7 @@ func (c *Contents) Put(chunk int, data []byte) error {
 	if isFull(err) {
 		err = hint.Wrap(err, "make room on the filesystem of "+c.s.root)
 	}
-	return err
+	return false, err
 }
 
 func (c *Contents) putOnly(ct image.Content, checked image.Digest, data []byte) error {
@@ -309,17 +315,17 @@ func (c *Contents) putOnly(ct image.Content, checked image.Digest, data []byte) 
 	return c.s.storeSmall(ct.Digest, data)
 }
 
-func (c *Contents) putStaged(i, chunk int, off int64, data []byte) error {
+func (c *Contents) putStaged(i, chunk int, off int64, data []byte, from *extent) (cloned bool, err error) {
 	h, err := c.stage(i)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer c.s.stages.release(h)
-	whole, err := h.val.put(c.chunkAt(i, off), data, c.chunksOf(i))
+	whole, cloned, err := h.val.put(c.chunkAt(i, off), data, from, c.chunksOf(i))
 	if whole {
 		c.s.stages.drop(h)
 		c.becomeWhole(i)
-		return nil
+		return cloned, nil
 	}
 	if h.val.over() {
 		c.s.stages.drop(h)
@@ -327,12 +333,12 @@ func (c *Contents) putStaged(i, chunk int, off int64, data []byte) error {
 	c.agree(i, h.val)
 	c.pin(i, h)
 	if err != nil {
-		return err
+		return false, err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	c.setLocal(chunk)
-	return nil
+	return cloned, nil
 }
 
 // pin keeps a private stage open: what is in it has no name to find it by.

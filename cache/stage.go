@@ -284,24 +284,25 @@ func (st *stage) revive(chunk chunkAt) error {
 }
 
 // put stores chunk k and, if it is the last, the content. A nil error promises
-// that the chunk can be read from the stage, or that the content is whole.
-func (st *stage) put(k int, data []byte, chunk chunkAt) (whole bool, err error) {
+// that the chunk can be read from the stage, or that the content is whole. The
+// data may lie in another file, whose blocks are then shared if they can be.
+func (st *stage) put(k int, data []byte, from *extent, chunk chunkAt) (whole, cloned bool, err error) {
 	st.mu.Lock()
 	defer st.mu.Unlock()
 	for {
 		switch st.state {
 		case stageDone:
-			return true, nil
+			return true, cloned, nil
 		case stageFailed:
-			return false, st.err
+			return false, false, st.err
 		case stageReading:
 			if err := st.begin(chunk); err != nil {
-				return false, err
+				return false, cloned, err
 			}
 			continue
 		}
 		if st.have.has(k) {
-			return false, nil
+			return false, false, nil
 		}
 		if _, taken := st.busy[k]; !taken {
 			break
@@ -315,14 +316,14 @@ func (st *stage) put(k int, data []byte, chunk chunkAt) (whole bool, err error) 
 	}()
 	if !st.full {
 		st.mu.Unlock()
-		err = st.write(chunk(k), data)
+		cloned, err = st.write(chunk(k), data, from)
 		st.mu.Lock()
 		if err != nil {
-			return false, err
+			return false, cloned, err
 		}
 	}
 	if st.left > 1 {
-		return false, st.mark(k)
+		return false, cloned, st.mark(k)
 	}
 	// Every other chunk is marked, so nobody else is writing.
 	st.ending = true
@@ -335,11 +336,11 @@ func (st *stage) put(k int, data []byte, chunk chunkAt) (whole bool, err error) 
 	st.mu.Lock()
 	st.ending = false
 	if len(damaged) > 0 {
-		return false, st.heal(k, damaged)
+		return false, cloned, st.heal(k, damaged)
 	}
 	if err == nil {
 		st.state = stageDone
-		return true, nil
+		return true, cloned, nil
 	}
 	if _, wrong := errors.AsType[*DigestError](err); wrong || errors.Is(err, io.ErrUnexpectedEOF) {
 		st.state, st.err = stageFailed, err
@@ -348,15 +349,23 @@ func (st *stage) put(k int, data []byte, chunk chunkAt) (whole bool, err error) 
 		}
 		st.install(temp{fd: -1, name: st.data.name}, newBitmap(st.chunks))
 	}
-	return false, err
+	return false, cloned, err
 }
 
-func (st *stage) write(c image.Chunk, data []byte) error {
+func (st *stage) write(c image.Chunk, data []byte, from *extent) (cloned bool, err error) {
 	st.io.RLock()
 	defer st.io.RUnlock()
-	if data != nil {
-		return pwrite(st.data.fd, data, c.FileOffset)
+	if data == nil {
+		return false, st.punch(c)
 	}
+	if from.clone(st.data.fd, c.FileOffset, c.Size) {
+		return true, nil
+	}
+	return false, pwrite(st.data.fd, data, c.FileOffset)
+}
+
+// punch makes a chunk zeros. Called with io held.
+func (st *stage) punch(c image.Chunk) error {
 	// A hole already, unless a chunk was found damaged here.
 	err := retry(func() error {
 		return unix.Fallocate(st.data.fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, c.FileOffset, c.Size)

@@ -216,14 +216,20 @@ func (s *spareChunks) note() string {
 	return fmt.Sprintf("nothing can be stored, reads are answered from memory (%d bytes so far): %s", s.served, withHint(s.err))
 }
 
-// fill brings all that is missing into the store. It asks the source for
-// nothing while the store takes nothing.
+// fill brings all that is missing into the store: first what other images have
+// of it in their files. It asks the source for nothing while the store takes
+// nothing.
 func (m *Mount) fill(ctx context.Context) error {
 	if err := m.store.Room(); err != nil {
 		return err
 	}
 	if err := m.spare.settle(ctx); err != nil {
 		return err
+	}
+	if r, err := m.contents.Reuse(ctx); err != nil {
+		return err
+	} else if r.Chunks > 0 {
+		m.log.Info("taken from files of other images", "chunks", r.Chunks, "bytes", r.Bytes, "shared_bytes", r.Cloned)
 	}
 	if err := m.fetch.Fill(ctx); err != nil {
 		return err
