@@ -22,7 +22,7 @@ func TestDiskFills(t *testing.T) {
 		t.Run(name, func(t *testing.T) {
 			b, r := newBench(t), serve(t)
 			b.onFilesystem(64, mkfs...)
-			img := push(t, r, "big", 0, append(files("usr", 9, 60, 400_000), file{"usr/large", 16 << 20, 99}))
+			img := push(t, r, "big", 0, append(files("usr", 9, 60, 400_000), file{name: "usr/large", size: 16 << 20, seed: 99}))
 			ballast := filepath.Join(b.dir, "fs", "ballast")
 			if err := os.WriteFile(ballast, make([]byte, 30<<20), 0o600); err != nil {
 				t.Fatal(err)
@@ -103,7 +103,7 @@ func TestBudgetSoak(t *testing.T) {
 	var images []built
 	var sum int64
 	for i := range 8 {
-		own := append(files("opt", uint64(21+i), 100, 100_000), file{"opt/large", 10 << 20, uint64(1000 + i)})
+		own := append(files("opt", uint64(21+i), 100, 100_000), file{name: "opt/large", size: 10 << 20, seed: uint64(1000 + i)})
 		images = append(images, push(t, r, fmt.Sprintf("i%d", i), 1<<20, base, own))
 		sum += 20 << 20
 	}

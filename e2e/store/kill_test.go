@@ -39,7 +39,7 @@ func TestKillSoak(t *testing.T) {
 	var images []built
 	blobs := map[string]int64{}
 	for i := range 4 {
-		own := append(files("opt", uint64(41+i), 150, 30_000), file{"opt/large", 12<<20 + i, uint64(2000 + i)}, file{"opt/cut", 3<<20 + i, uint64(3000 + i)})
+		own := append(files("opt", uint64(41+i), 150, 30_000), file{name: "opt/large", size: 12<<20 + i, seed: uint64(2000 + i)}, file{name: "opt/cut", size: 3<<20 + i, seed: uint64(3000 + i)})
 		img := push(t, r, fmt.Sprintf("k%d", i), 256<<10, base, own)
 		images = append(images, img)
 		maps.Copy(blobs, img.blobs)

@@ -254,14 +254,21 @@ type file struct {
 	name string
 	size int
 	seed uint64
+
+	fixed []byte // if not nil, instead
 }
 
-func (f file) data() []byte { return imagetest.RandomBytes(f.size, f.seed) }
+func (f file) data() []byte {
+	if f.fixed != nil {
+		return f.fixed
+	}
+	return imagetest.RandomBytes(f.size, f.seed)
+}
 
 // files makes n files of about size bytes below dir, from seeds of their own.
 func files(dir string, seed uint64, n, size int) (all []file) {
 	for i := range n {
-		all = append(all, file{fmt.Sprintf("%s/f%04d", dir, i), size + i%7, seed<<32 + uint64(i)})
+		all = append(all, file{name: fmt.Sprintf("%s/f%04d", dir, i), size: size + i%7, seed: seed<<32 + uint64(i)})
 	}
 	return all
 }
