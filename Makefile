@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget
 
 all: build
 
@@ -80,6 +80,19 @@ deps:
 bench: build
 	APT="erofs-utils fsverity" sh e2e/deps.sh
 	$(GO) run ./e2e/bench -bin $(BIN)
+
+## bench-store  a store of a million objects; filling beside 'tar x' (root, ext4 on a loop device)
+bench-store:
+	$(GO) run ./e2e/benchstore
+	$(GO) test ./cache -run '^$$' -bench 'Fill' -benchtime 5x
+
+## soak-kill    1,000 processes that fill and read are killed (root; some minutes)
+soak-kill:
+	CFS_FUSE_SOAK_KILLS=1000 $(GO) test ./e2e/store -count 1 -timeout 2h -v -run TestKillSoak
+
+## soak-budget  fill, evict and mount again under half the budget, for an hour (root)
+soak-budget:
+	CFS_FUSE_SOAK=1h $(GO) test ./e2e/store -count 1 -timeout 2h -v -run TestBudgetSoak
 
 ## clean   remove what was built here
 clean:

@@ -191,6 +191,8 @@ func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
 		p.close()
 		return nil, fmt.Errorf("%s: %w", p.path(chunksName), err)
 	}
+	// What the check has read need not stay resident.
+	unix.Madvise(p.mapped, unix.MADV_DONTNEED)
 	if n := len(p.index.Layers()); n != len(p.layers) {
 		p.close()
 		return nil, fmt.Errorf("%s: %d layers, the manifest has %d", p.path(chunksName), n, len(p.layers))
