@@ -128,6 +128,19 @@ func OpenFile(path string) (*Reader, error) {
 	return rd, nil
 }
 
+// Trim lets go of the memory in which a file that OpenFile mapped was read so
+// far; what is read again comes from the page cache. It may be called while
+// other methods run.
+func (r *Reader) Trim() error {
+	if r.unmap == nil {
+		return nil
+	}
+	if err := unix.Madvise(r.b, unix.MADV_DONTNEED); err != nil {
+		return fmt.Errorf("trim image: %w", err)
+	}
+	return nil
+}
+
 // Close unmaps what OpenFile mapped. Nothing that came from the Reader may be
 // used during or after it, files of FS included.
 func (r *Reader) Close() error {

@@ -62,6 +62,9 @@ type Options struct {
 	// in a session of ServeObjects), the object and the error, before the reader
 	// gets its errno.
 	OnError func(nid uint64, object string, err error)
+	// OnRequests is called, if set, after every 1,024 requests of the kernel,
+	// before the last of them is answered.
+	OnRequests func()
 }
 
 // FSType is the type that mount tables show for a mount of this package.

@@ -23,7 +23,11 @@ type session struct {
 	ctx      context.Context // ends with the mount
 	cancel   context.CancelCauseFunc
 	counts   [len(operations)]atomic.Int64
+	asked    atomic.Int64 // all of counts
 }
+
+// requestsBetween is how many requests lie between two calls of OnRequests.
+const requestsBetween = 1024
 
 func newSession(contents Contents, o Options) *session {
 	ctx, cancel := context.WithCancelCause(context.Background())
@@ -132,6 +136,9 @@ const (
 func (s *session) count(op int) {
 	s.counts[op].Add(1)
 	s.opts.Metrics.FUSERequest(operations[op])
+	if s.asked.Add(1)%requestsBetween == 0 && s.opts.OnRequests != nil {
+		s.opts.OnRequests()
+	}
 }
 
 func (s *session) requests() map[string]int64 {

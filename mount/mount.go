@@ -21,6 +21,9 @@
 //	sealed.erofs   the same tree, at the same nids; files refer to fs-verity digests
 //	sealed.json    the fs-verity digest of sealed.erofs, and what the kernel enforces of it
 //	profile.json   what programs read first, in order (image.Profile)
+//
+// and chunks.checked, which says that the chunks were checked since the machine
+// was started.
 package mount
 
 import (
@@ -221,7 +224,7 @@ func (m *Mount) serve() error {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
 	contents := &lazyContents{m.image.index, m.contents, m.spare, m.fetch, m.record}
-	o := fusefs.Options{Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError}
+	o := fusefs.Options{Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError, OnRequests: m.trim}
 	if hybrid {
 		err = m.serveHybrid(contents, o)
 		if err != nil && m.opts.Backend == AutoBackend {
@@ -236,6 +239,9 @@ func (m *Mount) serve() error {
 	m.status.BackendReason = why
 	if hybrid {
 		m.status.Backend = string(Hybrid)
+	}
+	if err == nil {
+		m.trim() // of what was read once to mount it
 	}
 	m.log.Debug("mounted", "backend", m.status.Backend, "reason", why, "after", time.Since(m.started))
 	return err

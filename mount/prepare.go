@@ -187,7 +187,7 @@ func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
 	if p.mapped, err = mapFile(p.path(chunksName)); err != nil {
 		return nil, damaged(err)
 	}
-	if p.index, err = image.OpenIndex(p.mapped); err != nil {
+	if p.index, err = p.openIndex(m.log); err != nil {
 		p.close()
 		return nil, fmt.Errorf("%s: %w", p.path(chunksName), err)
 	}
