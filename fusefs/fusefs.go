@@ -55,6 +55,13 @@ type Contents interface {
 type Options struct {
 	// Source is what mount tables show as the mount's source.
 	Source string
+	// Attributes are MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV and MOUNT_ATTR_NOEXEC,
+	// or'ed (mount_setattr(2)). Without root the kernel's helper adds the first
+	// two.
+	Attributes int
+	// AllowOther lets other users in. As root everybody is let in, as on any
+	// filesystem; without root /etc/fuse.conf must have user_allow_other.
+	AllowOther bool
 	// Metrics and Logger may be nil.
 	Metrics *metrics.Metrics
 	Logger  *slog.Logger
@@ -146,9 +153,17 @@ func (o Options) filled() Options {
 }
 
 func (o Options) mountOptions(acl bool) *fuse.MountOptions {
+	words := []string{"ro", "default_permissions"}
+	for attr, word := range map[int]string{
+		unix.MOUNT_ATTR_NOSUID: "nosuid", unix.MOUNT_ATTR_NODEV: "nodev", unix.MOUNT_ATTR_NOEXEC: "noexec",
+	} {
+		if o.Attributes&attr != 0 {
+			words = append(words, word)
+		}
+	}
 	return &fuse.MountOptions{
-		AllowOther:               os.Geteuid() == 0,
-		Options:                  []string{"ro", "default_permissions"},
+		AllowOther:               o.AllowOther || os.Geteuid() == 0,
+		Options:                  words, // for the helper
 		FsName:                   o.Source,
 		Name:                     strings.TrimPrefix(FSType, "fuse."),
 		MaxWrite:                 maxRead,
@@ -168,7 +183,7 @@ func serveDetached(fsys fuse.RawFileSystem, s *session, o *fuse.MountOptions) (*
 	if err != nil {
 		return nil, nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
-	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY,
+	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY|s.opts.Attributes,
 		kmount.Flag("ro"),
 		kmount.String("source", o.FsName), kmount.String("subtype", o.Name),
 		kmount.String("fd", strconv.Itoa(dev)),

@@ -50,9 +50,7 @@ func (m *Mount) startComposefs(path string) error {
 		objects.close()
 		return err
 	}
-	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, fusefs.Options{
-		Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
-	})
+	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, m.fuseOptions())
 	if err != nil {
 		objects.close()
 		return err

@@ -46,6 +46,9 @@ func (m *Mount) serveHybrid(contents *lazyContents, o fusefs.Options) error {
 	if err == nil {
 		defer over.Close()
 		if err = openFirst(over, m.reader); err == nil {
+			err = kmount.Restrict(over, m.opts.Attributes)
+		}
+		if err == nil {
 			err = kmount.Attach(over, m.mountpoint)
 		}
 		if err == nil {

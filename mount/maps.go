@@ -95,7 +95,7 @@ func (p *preparedImage) noteChecked(before checkedFile) error {
 
 // mapsResident is how much of files a process may have in memory before it
 // lets go of its maps. The program itself is some 15 MiB of it.
-const mapsResident = 30 << 20
+const mapsResident = 24 << 20
 
 // trim lets go of the maps of the image and its index when they have grown in
 // memory. Nothing is lost: the pages stay in the page cache.

@@ -68,6 +68,11 @@ type Options struct {
 	Source fetcher.Options
 	// Backend is AutoBackend (also when empty), FUSE or Hybrid.
 	Backend Backend
+	// Attributes restrict what programs may do with the mount, before the swap
+	// and after it: MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV and MOUNT_ATTR_NOEXEC,
+	// or'ed. AllowOther lets other users in without root; with root they are.
+	Attributes int
+	AllowOther bool
 	// Swap is Auto (also when empty), Never or Require; Verity is Try (also
 	// when empty), Require or Off.
 	Swap, Verity Policy
@@ -224,7 +229,8 @@ func (m *Mount) serve() error {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
 	contents := &lazyContents{m.image.index, m.contents, m.spare, m.fetch, m.record}
-	o := fusefs.Options{Source: m.source, Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError, OnRequests: m.trim}
+	o := m.fuseOptions()
+	o.OnRequests = m.trim
 	if hybrid {
 		err = m.serveHybrid(contents, o)
 		if err != nil && m.opts.Backend == AutoBackend {
@@ -257,6 +263,13 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 	m.spare = newSpareChunks(m.image.index, m.contents)
 	return fetcher.New(m.image.index, blobs, m.spare, fetcher.FetchOptions{
 		Share: m.opts.Share, First: first, Metrics: m.opts.Metrics, Logger: m.log})
+}
+
+func (m *Mount) fuseOptions() fusefs.Options {
+	return fusefs.Options{
+		Source: m.source, Attributes: m.opts.Attributes, AllowOther: m.opts.AllowOther,
+		Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
+	}
 }
 
 // absoluteSource makes the path of a local source absolute: it is what the

@@ -36,6 +36,14 @@ func (m *Mount) sealedMount(rec sealedRecord) (f *os.File, verity string, err er
 	if err := m.checkDigest(rec); err != nil {
 		return nil, "", err
 	}
+	defer func() {
+		if err != nil {
+			return
+		}
+		if err = kmount.Restrict(f, m.opts.Attributes); err != nil {
+			f.Close()
+		}
+	}()
 	path, objects := m.image.path(sealedName), m.store.Objects()
 	reason := "--verity off"
 	if m.opts.Verity != Off {

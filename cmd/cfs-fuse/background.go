@@ -88,7 +88,7 @@ func background(ctx context.Context, runtimeDir, mountpoint string) error {
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = cmd.Start()
+	err = startRestricted(cmd)
 	w.Close()
 	if err != nil {
 		return fmt.Errorf("start the background process: %w", err)

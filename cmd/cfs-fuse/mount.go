@@ -11,6 +11,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
@@ -49,6 +50,7 @@ type mountFlags struct {
 	opts             mount.Options
 	swap, verity     string
 	backend          string
+	options          []string
 	digest, pull     string
 	fill, foreground bool
 	metricsAddr      string
@@ -82,6 +84,7 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 	fl.StringVar(&f.pull, "pull", "missing", "ask what a tag stands for if the store does not know it (missing) or always: `policy`")
 	fl.StringVar(&f.backend, "backend", "auto", "`backend` until the swap: fuse, hybrid (the kernel's mount, with FUSE for what is not there yet; root), or auto")
 	fl.StringVar(&f.swap, "swap", "auto", "`policy` of the swap to a kernel mount: auto, never or require")
+	fl.StringSliceVarP(&f.options, "options", "o", nil, "`list` of mount(8)'s ro, nosuid, nodev, noexec, and allow_other for mounts without root")
 	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
 	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
 	fl.BoolVar(&f.fill, "fill", true, "fetch in the background what nobody has read yet")
@@ -97,6 +100,12 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 
 // minMemory is what two chunks of the usual size take.
 const minMemory = 8 << 20
+
+// mountAttributes are the words of --options. A mount is read-only anyway.
+var mountAttributes = map[string]int{
+	"ro": 0, "allow_other": 0,
+	"nosuid": unix.MOUNT_ATTR_NOSUID, "nodev": unix.MOUNT_ATTR_NODEV, "noexec": unix.MOUNT_ATTR_NOEXEC,
+}
 
 // check turns the flags into Options, before anything is touched.
 func (f *mountFlags) check(g *global) error {
@@ -119,6 +128,14 @@ func (f *mountFlags) check(g *global) error {
 	}
 	f.opts.Share = fetcher.NewShare(int64(f.memory), int64(f.rate))
 	f.opts.Swap, f.opts.Verity = mount.Policy(f.swap), mount.Policy(f.verity)
+	for _, word := range f.options {
+		attr, ok := mountAttributes[word]
+		if !ok {
+			return usageError{fmt.Errorf("--options %s: want ro, nosuid, nodev, noexec, allow_other", word)}
+		}
+		f.opts.Attributes |= attr
+		f.opts.AllowOther = f.opts.AllowOther || word == "allow_other"
+	}
 	f.opts.Backend = mount.Backend(f.backend)
 	f.opts.Refresh, f.opts.NoFill = f.pull == "always", !f.fill
 	if f.digest != "" {

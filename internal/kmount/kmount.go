@@ -106,6 +106,19 @@ func messages(fd int) string {
 	return strings.Join(all, "; ")
 }
 
+// Restrict sets attributes of the mount m (MOUNT_ATTR_NOSUID, …), which it
+// keeps wherever it is attached. None is set by 0.
+func Restrict(m *os.File, attrs int) error {
+	if attrs == 0 {
+		return nil
+	}
+	set := unix.MountAttr{Attr_set: uint64(attrs)}
+	if err := unix.MountSetattr(int(m.Fd()), "", unix.AT_EMPTY_PATH, &set); err != nil {
+		return fmt.Errorf("set attributes %#x of a mount: %w", attrs, err)
+	}
+	return nil
+}
+
 // Attach makes the mount m visible at the folder path, on top of whatever is
 // mounted there.
 func Attach(m *os.File, path string) error {
