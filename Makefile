@@ -53,11 +53,11 @@ unit:
 
 ## race    unit tests with the race detector
 race:
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/vm')
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/store' -e '/e2e/vm')
 
 ## e2e     the binary against real registries, images and mounts (root)
 e2e: build
-	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 20m -count 1 ./e2e
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -p 1 -timeout 20m -count 1 ./e2e ./e2e/store
 
 ## test-vm fs-verity enforced, power cuts: in a machine with a Debian kernel (qemu, without KVM; no root needed)
 test-vm:
