@@ -214,6 +214,7 @@ func TestMerge(t *testing.T) {
 		{"whiteout below a directory that became a file", []string{"a/ a/f=1", "a/.wh.f a=2"}, "a=1@1"},
 		{"the same in the other order", []string{"a/ a/f=1", "a=2 a/.wh.f"}, "a=1@1"},
 		{"whiteout through a symlink below", []string{"d/ d/f s->d", "s/.wh.f"}, "error: layer 1 s/.wh.f: a directory on its path"},
+		{"whiteout through a file below", []string{"a=1 b=2", "a/.wh.f a/b/.wh.g c=3"}, "a=1@0 b=1@0 c=1@1"},
 		{"first by name of what is wrong", []string{"z=1 s=1 b=1", "z/a s/b b/z"}, "error: layer 1 b/z: a directory on its path"},
 		{"below a whiteout", []string{".wh.a/b=1"}, "error: layer 0 .wh.a/b: a file below the whiteout"},
 		{"whiteout of nothing by name", []string{".wh."}, `error: layer 0 .wh.: a whiteout of ""`},

@@ -33,6 +33,7 @@ func (o *overlay) lay(lower, upper *inode) {
 		switch implicit := u.marks.implicit; {
 		case l != nil && l.isDir():
 			o.lay(l, u)
+		case l != nil && u.marks.ghost && l.resolve().e.Type != toc.Symlink: // whiteouts of what cannot be there
 		case l != nil && implicit != nil:
 			if o.wrong == nil || implicit.Name < o.wrong.Name {
 				o.wrong = implicit
