@@ -75,12 +75,8 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 	}
 	if m.opts.Verity == Off {
 		rec.Verity, rec.Reason = verityComputed, "--verity off"
-	} else if err := m.enableObjects(ctx); err != nil {
-		unsupported, ok := errors.AsType[*verity.NotSupportedError](err)
-		if !ok {
-			return rec, err
-		}
-		rec.Verity, rec.Reason = verityComputed, "no fs-verity under "+m.opts.Root+": "+unsupported.Err.Error()
+	} else if err := m.unsupported(&rec, m.enableObjects(ctx)); err != nil {
+		return rec, err
 	}
 
 	dir, err := os.MkdirTemp(m.image.dir, ".seal-*")
@@ -99,7 +95,7 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 		return rec, err
 	}
 	if rec.Verity == verityEnabled {
-		if err := enableVerity(tmp); err != nil {
+		if err := m.unsupported(&rec, enableVerity(tmp)); err != nil {
 			return rec, err
 		}
 	}
@@ -119,6 +115,17 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 		return rec, err
 	}
 	return rec, durable.WriteFile(m.image.path(recordName), append(data, '\n'), 0o644)
+}
+
+// unsupported notes in the record that there is no fs-verity where the store
+// is, if that is what err says; any other error it returns.
+func (m *Mount) unsupported(rec *sealedRecord, err error) error {
+	unsupported, ok := errors.AsType[*verity.NotSupportedError](err)
+	if !ok {
+		return err
+	}
+	rec.Verity, rec.Reason = verityComputed, "no fs-verity under "+m.opts.Root+": "+unsupported.Err.Error()
+	return nil
 }
 
 // tryEnforced finds out whether the kernel enforces the fs-verity digests of an
