@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth
 
 all: build
 
@@ -53,11 +53,16 @@ unit:
 
 ## race    unit tests with the race detector
 race:
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/store' -e '/e2e/vm')
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/store' -e '/e2e/truth' -e '/e2e/vm')
 
 ## e2e     the binary against real registries, images and mounts (root)
 e2e: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -p 1 -timeout 20m -count 1 ./e2e ./e2e/store
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 10m -count 1 -short ./e2e/truth
+
+## truth   what is shown against what umoci and overlayfs show, large images too (6 minutes); writes docs/truth.md (root)
+truth: build
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 30m -count 1 ./e2e/truth -write
 
 ## test-vm fs-verity enforced, power cuts: in a machine with a Debian kernel (qemu, without KVM; no root needed)
 test-vm:

@@ -144,6 +144,7 @@ func (b *bench) run(t *testing.T, ctx context.Context, disk, name string, args .
 // guestTests are the test binaries that the machine has.
 var guestTests = map[string]string{
 	"guest.test": "e2e/vm/guest", "verity.test": "verity", "cache.test": "cache", "mount.test": "mount", "kmount.test": "internal/kmount",
+	"truth.test": "e2e/truth",
 }
 
 func TestMachine(t *testing.T) {
@@ -151,6 +152,7 @@ func TestMachine(t *testing.T) {
 	defer cancel()
 	b := newBench(t, ctx, guestTests)
 	t.Run("Guest", func(t *testing.T) { b.tests(t, ctx, "guest.test", "-test.skip=^TestPower") })
+	t.Run("Truth", func(t *testing.T) { b.tests(t, ctx, "truth.test", "-guest") })
 	t.Run("PowerCut", func(t *testing.T) { b.powerCut(t, ctx) })
 	t.Run("Crash", func(t *testing.T) { b.crash(t, ctx) })
 }

@@ -134,13 +134,25 @@ func LegacyFooter(b *Blob) (*Blob, error) {
 
 // Gzip makes an ordinary gzip layer of a tar: it has no TOC.
 func Gzip(tar []byte) (*Blob, error) {
+	return buildGzip(bytes.NewReader(tar), gzip.DefaultCompression)
+}
+
+// BuildGzip is Gzip, compressing fast, for a tar that is too large for memory.
+// The blob is held in memory all the same.
+func BuildGzip(tar *io.SectionReader) (*Blob, error) { return buildGzip(tar, gzip.BestSpeed) }
+
+func buildGzip(tar io.Reader, level int) (*Blob, error) {
 	var b bytes.Buffer
-	w := gzip.NewWriter(&b)
-	if _, err := w.Write(tar); err != nil {
+	sum := digest.Canonical.Digester()
+	w, err := gzip.NewWriterLevel(&b, level)
+	if err == nil {
+		_, err = io.Copy(io.MultiWriter(w, sum.Hash()), tar)
+	}
+	if err == nil {
+		err = w.Close()
+	}
+	if err != nil {
 		return nil, fmt.Errorf("write gzip: %w", err)
 	}
-	if err := w.Close(); err != nil {
-		return nil, fmt.Errorf("write gzip: %w", err)
-	}
-	return newBlob(ocispec.MediaTypeImageLayerGzip, b.Bytes(), digest.FromBytes(tar), nil), nil
+	return newBlob(ocispec.MediaTypeImageLayerGzip, b.Bytes(), sum.Digest(), nil), nil
 }

@@ -25,6 +25,7 @@ import (
 	"archive/tar"
 	"bytes"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"path"
 	"strings"
@@ -49,6 +50,7 @@ var DefaultMtime = time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
 // hostile ones can be; only Dir adds the slash at the end that tar wants.
 type Item struct {
 	header tar.Header
+	zeros  int64 // before data
 	data   []byte
 }
 
@@ -80,7 +82,7 @@ func item(h tar.Header, data []byte, attrs []Attr) Item {
 	for _, a := range attrs {
 		a(&h)
 	}
-	return Item{h, data}
+	return Item{header: h, data: data}
 }
 
 // Dir is a directory. "./" or "." gives the root its metadata.
@@ -97,6 +99,14 @@ func File(name, content string, attrs ...Attr) Item {
 // same n and seed (see RandomBytes).
 func Random(name string, n int, seed uint64, attrs ...Attr) Item {
 	return item(tar.Header{Typeflag: tar.TypeReg, Name: name, Mode: 0o644}, RandomBytes(n, seed), attrs)
+}
+
+// Sparse is a regular file of size bytes, at least those of end: zeros, and end
+// at its end. The zeros are not held in memory.
+func Sparse(name string, size int64, end string, attrs ...Attr) Item {
+	it := File(name, end, attrs...)
+	it.zeros, it.header.Size = size-int64(len(end)), size
+	return it
 }
 
 // RandomBytes is the content of Random.
@@ -155,17 +165,50 @@ func Opaque(dir string) Item {
 // tar cannot hold, such as one with a NUL in its name, is an error.
 func Tar(items ...Item) ([]byte, error) {
 	var b bytes.Buffer
-	w := tar.NewWriter(&b)
+	if err := WriteTar(&b, items...); err != nil {
+		return nil, err
+	}
+	return b.Bytes(), nil
+}
+
+// WriteTar is Tar for what is too large for memory.
+func WriteTar(to io.Writer, items ...Item) error {
+	w := tar.NewWriter(to)
 	for _, it := range items {
 		if err := w.WriteHeader(&it.header); err != nil {
-			return nil, fmt.Errorf("tar entry %q: %w", it.header.Name, err)
+			return fmt.Errorf("tar entry %q: %w", it.header.Name, err)
+		}
+		if _, err := io.CopyN(w, zeros{}, it.zeros); err != nil {
+			return fmt.Errorf("tar entry %q: %w", it.header.Name, err)
 		}
 		if _, err := w.Write(it.data); err != nil {
-			return nil, fmt.Errorf("tar entry %q: %w", it.header.Name, err)
+			return fmt.Errorf("tar entry %q: %w", it.header.Name, err)
 		}
 	}
 	if err := w.Close(); err != nil {
-		return nil, fmt.Errorf("tar: %w", err)
+		return fmt.Errorf("tar: %w", err)
 	}
-	return b.Bytes(), nil
+	return nil
+}
+
+// zeros reads as zero bytes without an end.
+type zeros struct{}
+
+func (zeros) Read(p []byte) (int, error) {
+	clear(p)
+	return len(p), nil
+}
+
+// Name returns the item's name as the tar has it.
+func (it Item) Name() string { return it.header.Name }
+
+// IsDir reports whether the item is a directory.
+func (it Item) IsDir() bool { return it.header.Typeflag == tar.TypeDir }
+
+// LinkTarget returns the path that a hard link leads to, "" for all else.
+func (it Item) LinkTarget() string {
+	if it.header.Typeflag != tar.TypeLink {
+		return ""
+	}
+	return it.header.Linkname
 }
