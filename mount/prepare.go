@@ -53,6 +53,7 @@ type preparedImage struct {
 	digest  image.Digest
 	dir     string
 	layers  []ocispec.Descriptor
+	author  string // the sealed image's fs-verity digest by the manifest's annotation, "" if it has none
 	index   *image.Index
 	mapped  []byte // what index reads
 	fetched Work   // metadata
@@ -181,6 +182,9 @@ func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
 		return nil, err
 	}
 	p.layers = manifest.Layers
+	if p.author, err = sealingAnnotation(manifest); err != nil {
+		return nil, fmt.Errorf("image %s: %w", digest, err)
+	}
 	if _, err := os.Stat(p.path(insecureName)); err == nil && !m.opts.InsecureTOC {
 		return nil, hint.Wrap(fmt.Errorf("image %s was mounted with --insecure-toc before: %w", digest, toc.ErrNoTOCDigest), insecureHint)
 	}

@@ -69,7 +69,13 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 		return rec, m.checkDigest(rec)
 	}
 	rec := sealedRecord{Verity: verityEnabled}
-	root, err := m.sealedTree(ctx)
+	root, err := sealedTree(ctx, m.image, func(d image.Digest) (v image.Digest, err error) {
+		content, ok := m.image.index.Find(d)
+		if !ok {
+			return v, errors.New("not in the index of chunks")
+		}
+		return m.contents.Verity(content)
+	})
 	if err != nil {
 		return rec, err
 	}
@@ -139,9 +145,9 @@ func tryEnforced(imagePath, objects string, digest hexDigest) (obtained string, 
 }
 
 // sealedTree is the tree of lazy.erofs with each file's content digest
-// replaced by its fs-verity digest.
-func (m *Mount) sealedTree(ctx context.Context) (*erofs.Node, error) {
-	r, err := erofs.OpenFile(m.image.path(lazyName))
+// replaced by the fs-verity digest that verityOf gives for it.
+func sealedTree(ctx context.Context, p *preparedImage, verityOf func(image.Digest) (image.Digest, error)) (*erofs.Node, error) {
+	r, err := erofs.OpenFile(p.path(lazyName))
 	if err != nil {
 		return nil, err
 	}
@@ -153,11 +159,7 @@ func (m *Mount) sealedTree(ctx context.Context) (*erofs.Node, error) {
 	var convert func(n *erofs.Node) error
 	convert = func(n *erofs.Node) error {
 		if n.Link == nil && len(n.Digest) > 0 {
-			content, ok := m.image.index.Find(image.Digest(n.Digest))
-			if !ok {
-				return fmt.Errorf("%s: content %x is not in the index of chunks", n.Name, n.Digest)
-			}
-			v, err := m.contents.Verity(content)
+			v, err := verityOf(image.Digest(n.Digest))
 			if err != nil {
 				return fmt.Errorf("fs-verity digest of content %x: %w", n.Digest, err)
 			}
@@ -219,8 +221,13 @@ func measure(path string) (hexDigest, error) {
 // errWrongDigest says that the image is not the one that --digest names.
 var errWrongDigest = errors.New("wrong image")
 
-// checkDigest compares a sealed image's digest with the one asked for.
+// checkDigest compares a sealed image's digest with the one asked for, or else
+// with the one that the manifest's author sealed.
 func (m *Mount) checkDigest(rec sealedRecord) error {
+	if a := m.image.author; a != "" && m.opts.Digest.IsZero() && a != rec.Composefs.String() {
+		return hint.Wrap(fmt.Errorf("%w: the sealed image's fs-verity digest is %s, the manifest's annotation %s says %s", errWrongDigest, rec.Composefs, sealingKey, a),
+			"the author has sealed another form of the image; if this one is right, say --digest "+rec.Composefs.String())
+	}
 	if want := m.opts.Digest; !want.IsZero() && rec.Composefs != hexDigest(want) {
 		return hint.Wrap(fmt.Errorf("%w: the sealed image's fs-verity digest is %s, --digest wants %s", errWrongDigest, rec.Composefs, hexDigest(want)),
 			"check which image the digest was made for")

@@ -233,6 +233,10 @@ func (c *testCase) lifecycle(t *testing.T, b *bench, r result, backend, source, 
 	}
 	c.compareListing(t, r, comparable(run("erofs", "dump", sealed[0])), reference)
 	c.rebuild(t, run, sealed[0], dir)
+	chain := run("verify", point)
+	if *guest && !strings.Contains(chain, ", 0 unproven, 0 wrong\n") || !strings.Contains(chain, " 0 wrong\n") {
+		t.Errorf("not all of the chain is proven:\n%s", chain)
+	}
 }
 
 // compare fails the test for what differs, and notes it.

@@ -56,6 +56,20 @@ func ImageFor(p ocispec.Platform, layers ...*Blob) (*OCI, error) {
 	return o, nil
 }
 
+// WithManifest is the image o with another manifest, for what Image does not
+// write into one: annotations.
+func WithManifest(o *OCI, m ocispec.Manifest) (*OCI, error) {
+	n := *o
+	n.Blobs = maps.Clone(o.Blobs)
+	delete(n.Blobs, o.Desc.Digest)
+	d, err := n.add(ocispec.MediaTypeImageManifest, &n.Raw, m)
+	if err != nil {
+		return nil, fmt.Errorf("make manifest: %w", err)
+	}
+	d.Platform, n.Desc = o.Desc.Platform, d
+	return &n, nil
+}
+
 // Index makes an index of images made by Image or ImageFor.
 func Index(images ...*OCI) (*OCI, error) {
 	o := &OCI{Blobs: map[digest.Digest][]byte{}}
