@@ -114,6 +114,8 @@ func (f *Fetcher) extend(j *job, content int) {
 	budget := f.link.ahead()
 	if f.x.Content(content).Size <= smallFile*budget {
 		budget *= smallAhead
+	} else if r := f.readers[content]; r != nil && r.jumps >= randomAfter {
+		return
 	}
 	max := j.limit + budget
 	for first := j.end; first < f.bounds[j.layer].end; {
@@ -163,8 +165,9 @@ func (f *Fetcher) window(content int, off, n int64) int64 {
 	switch {
 	case r.next < 0 || off > r.next+slack || off+slack < r.next:
 		r.window = 0
+		r.jumps++
 	case r.window == 0:
-		r.window = 2 * n
+		r.window, r.jumps = 2*n, 0
 	case off+n > r.next:
 		r.window = min(2*r.window, maxSequential)
 	}

@@ -116,6 +116,7 @@ type waiter struct{ since time.Time }
 // A reader remembers where in a content the last Need ended.
 type reader struct {
 	next, window int64 // in bytes of the file
+	jumps        int   // Needs in a row that did not go on there
 }
 
 // New makes a Fetcher for the image of x, whose i-th layer is blobs[i]. It does

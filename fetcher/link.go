@@ -25,6 +25,9 @@ const (
 const (
 	smallFile  = 16
 	smallAhead = 4
+	// randomAfter is how many reads of a larger file in a row must be somewhere
+	// else than where the last one ended, to read nothing ahead of the next.
+	randomAfter = 3
 )
 
 // A link estimates latency and bandwidth of the way to the source, as our own
