@@ -7,7 +7,7 @@ snapshot() {
 	losetup -a | sed 's/^/loop device /'
 	for p in /proc/[0-9]*; do
 		case $(cat "$p/comm" 2>/dev/null) in
-		cfs-fuse* | docker-registry | fusermount* | qemu-system* | *.test) echo "process ${p#/proc/} $(cat "$p/comm" 2>/dev/null)" ;;
+		cfs-fuse* | docker-registry | nginx | fusermount* | qemu-system* | *.test) echo "process ${p#/proc/} $(cat "$p/comm" 2>/dev/null)" ;;
 		esac
 	done
 }
