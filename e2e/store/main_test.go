@@ -105,6 +105,7 @@ type bench struct {
 	root    string // of the store
 	runtime string
 	points  int
+	after   []func() // when everything is unmounted
 }
 
 func newBench(t testing.TB) *bench {
@@ -123,9 +124,12 @@ func newBench(t testing.TB) *bench {
 			}
 		}
 		for _, p := range mountsBelow(dir) {
-			if _, err := b.run("umount", p); err != nil {
+			if _, err := b.run("umount", p); err != nil && len(b.after) == 0 {
 				unix.Unmount(p, unix.MNT_DETACH)
 			}
+		}
+		for _, f := range b.after {
+			f()
 		}
 		eventually(t, 10*time.Second, "processes have left", func() bool { return len(b.processes()) == 0 })
 		if err := os.RemoveAll(dir); err != nil {
