@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power
 
 all: build
 
@@ -98,6 +98,10 @@ soak-kill:
 ## soak-budget  fill, evict and mount again under half the budget, for an hour (root)
 soak-budget:
 	CFS_FUSE_SOAK=1h $(GO) test ./e2e/store -count 1 -timeout 2h -v -run TestBudgetSoak
+
+## soak-power   the power of a virtual machine that fills a store is cut 50 times (some minutes)
+soak-power:
+	$(GO) test -tags soakpower ./e2e/power -count 1 -timeout 2h -v
 
 ## clean   remove what was built here
 clean:

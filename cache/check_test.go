@@ -41,11 +41,13 @@ func TestCheckFinds(t *testing.T) {
 			rot(t, contentPath(s, x, 0), 9)
 		}, "contents/sha256/", "its bytes have digest", true, 1, 0},
 		"a file cut short": {func(t *testing.T, s *Store, x img) {
+			plain(t, contentPath(s, x, 1))
 			if err := os.Truncate(contentPath(s, x, 1), 100); err != nil {
 				t.Fatal(err)
 			}
 		}, "contents/sha256/", "100 bytes, image", false, 1, 0},
 		"a file emptied": {func(t *testing.T, s *Store, x img) {
+			plain(t, contentPath(s, x, 1))
 			if err := os.Truncate(contentPath(s, x, 1), 0); err != nil {
 				t.Fatal(err)
 			}
@@ -91,6 +93,7 @@ func TestCheckFinds(t *testing.T) {
 			}
 		}, "objects/00/", "fs-verity digest", true, 0, 0},
 		"the noted digest": {func(t *testing.T, s *Store, x img) {
+			plain(t, contentPath(s, x, 0))
 			if err := unix.Setxattr(contentPath(s, x, 0), verityXattr, make([]byte, 32), 0); err != nil {
 				t.Fatal(err)
 			}

@@ -6,11 +6,14 @@ import (
 	"os"
 	"path/filepath"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // rot changes one byte of a file, as a disk does.
 func rot(t testing.TB, path string, off int64) {
 	t.Helper()
+	plain(t, path)
 	f, err := os.OpenFile(path, os.O_RDWR, 0)
 	if err != nil {
 		t.Fatal(err)
@@ -22,6 +25,48 @@ func rot(t testing.TB, path string, off int64) {
 	}
 	b[0] ^= 0x40
 	if _, err := f.WriteAt(b[:], off); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// plain makes a file one that can be written to: where it has fs-verity, a copy
+// takes all its names in the store, with what is noted on it.
+func plain(t testing.TB, path string) {
+	t.Helper()
+	f, err := os.OpenFile(path, os.O_RDWR, 0)
+	if err == nil {
+		f.Close()
+		return
+	}
+	if !errors.Is(err, unix.EPERM) {
+		t.Fatal(err)
+	}
+	data, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	root := filepath.Dir(path)
+	for !exists(filepath.Join(root, versionName)) {
+		root = filepath.Dir(root)
+	}
+	tmp := filepath.Join(root, "staging", ".tmp-plain")
+	if err := os.WriteFile(tmp, data, objectMode); err != nil {
+		t.Fatal(err)
+	}
+	var noted [32]byte
+	if n, err := unix.Getxattr(path, verityXattr, noted[:]); err == nil && n == len(noted) {
+		if err := unix.Setxattr(tmp, verityXattr, noted[:], 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	ino := stat(t, path).Ino
+	err = filepath.WalkDir(root, func(name string, e os.DirEntry, err error) error {
+		if err != nil || e.IsDir() || stat(t, name).Ino != ino {
+			return err
+		}
+		return errors.Join(os.Remove(name), os.Link(tmp, name))
+	})
+	if err := errors.Join(err, os.Remove(tmp)); err != nil {
 		t.Fatal(err)
 	}
 }
