@@ -127,6 +127,6 @@ func (f *objectSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte)
 func (f *objectSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOut) fuse.Status {
 	f.count(opStatFs)
 	out.Bsize, out.Frsize = 4096, 4096
-	out.NameLen = 255
+	out.NameLen = maxName
 	return fuse.OK
 }

@@ -18,6 +18,9 @@ const (
 	// at once. Each may wait for a registry, so the default of 12 would let
 	// a few cold files stall the rest.
 	maxBackground = 128
+	// maxName is how long a name may be (NAME_MAX); the kernel asks for longer
+	// ones.
+	maxName = 255
 	// forever is how long the kernel may believe what it was told, in
 	// seconds: the image never changes under its mount.
 	forever = 10 * 365 * 24 * 3600
@@ -89,6 +92,9 @@ func (f *fileSystem) entry(ino *erofs.Inode, out *fuse.EntryOut) {
 
 func (f *fileSystem) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	f.count(opLookup)
+	if len(name) > maxName {
+		return fuse.Status(unix.ENAMETOOLONG)
+	}
 	dir, st := f.inode(h.NodeId)
 	if !st.Ok() {
 		return st
@@ -189,6 +195,6 @@ func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.Statf
 	out.Bsize, out.Frsize = 4096, 4096
 	out.Blocks = uint64(h.Size / 4096)
 	out.Files = h.Inodes
-	out.NameLen = 255
+	out.NameLen = maxName
 	return fuse.OK
 }
