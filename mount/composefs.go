@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -8,12 +9,14 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/erofs"
 	"github.com/cfs-fuse/cfs-fuse/fusefs"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/verity"
 )
 
 // startComposefs serves a composefs image that somebody else made, with its
@@ -50,6 +53,12 @@ func (m *Mount) startComposefs(path string) error {
 		objects.close()
 		return err
 	}
+	if m.opts.Verity == Require {
+		if err := objects.want(m.reader); err != nil {
+			objects.close()
+			return err
+		}
+	}
 	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, m.fuseOptions())
 	if err != nil {
 		objects.close()
@@ -61,6 +70,9 @@ func (m *Mount) startComposefs(path string) error {
 		s.BackendReason = "a composefs: source; mount.composefs makes kernel mounts"
 		s.ComposefsDigest = digest.String()
 		s.Verity = "not enforced (FUSE serves)"
+		if m.opts.Verity == Require {
+			s.Verity = "each object is checked when it is first read (FUSE serves)"
+		}
 		s.Note = "a composefs: source is served as it is"
 		s.stuck = errors.New(s.Note)
 	})
@@ -69,7 +81,62 @@ func (m *Mount) startComposefs(path string) error {
 
 // objectFolders finds objects below folders, in order, and nothing outside of
 // them whatever an image's redirects say.
-type objectFolders struct{ roots []*os.Root }
+type objectFolders struct {
+	roots []*os.Root
+	// digests are the fs-verity digests that objects must have, by name; nil
+	// if they are not looked at.
+	digests map[string][]byte
+	checked sync.Map // names of objects that were found right: checkedFile
+}
+
+// want has each object checked against the digest that the image has for it,
+// before its first byte is given out, and again if it has changed since. It
+// fails if a file of the image has no digest.
+func (o *objectFolders) want(r *erofs.Reader) error {
+	o.digests = map[string][]byte{}
+	return r.Walk(func(path string, ino erofs.Inode) error {
+		if !ino.External() {
+			return nil
+		}
+		object, digest, err := r.Payload(ino)
+		if err != nil {
+			return err
+		}
+		if len(digest) != verity.SHA256.Size() {
+			return hint.Wrap(fmt.Errorf("--verity require: %s: the image has no fs-verity digest for it", path), "make the image with digests (mkcomposefs --digest-store)")
+		}
+		if other, ok := o.digests[object]; ok && !bytes.Equal(other, digest) {
+			return fmt.Errorf("--verity require: %s: the image has two fs-verity digests for object %s", path, object)
+		}
+		o.digests[object] = bytes.Clone(digest)
+		return nil
+	})
+}
+
+// check compares an object's fs-verity digest, the kernel's if it has one.
+func (o *objectFolders) check(object string, f *os.File) error {
+	if o.digests == nil {
+		return nil
+	}
+	now, err := nameOpen(f)
+	if err != nil {
+		return err
+	}
+	if then, ok := o.checked.Load(object); ok && then == now {
+		return nil
+	}
+	alg, got, err := verity.Measure(f)
+	if err != nil || alg != verity.SHA256 {
+		if got, err = verity.Digest(f, verity.SHA256); err != nil {
+			return err
+		}
+	}
+	if err := verity.Compare(object, verity.SHA256, o.digests[object], got); err != nil {
+		return err
+	}
+	o.checked.Store(object, now)
+	return nil
+}
 
 var _ fusefs.Contents = (*objectFolders)(nil)
 
@@ -85,6 +152,9 @@ func (o *objectFolders) ReadAt(_ context.Context, object string, p []byte, off i
 			return 0, false, fmt.Errorf("object %s: %w", object, err)
 		}
 		defer f.Close()
+		if err := o.check(object, f); err != nil {
+			return 0, false, err
+		}
 		n, err := f.ReadAt(p, off)
 		if err == io.EOF {
 			err = nil

@@ -30,17 +30,27 @@ type checkedFile struct {
 
 // nameFile describes the file at path as it is now.
 func nameFile(path string) (checkedFile, error) {
-	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	f, err := os.Open(path)
 	if err != nil {
 		return checkedFile{}, err
 	}
-	var st unix.Stat_t
-	if err := unix.Stat(path, &st); err != nil {
-		return checkedFile{}, err
+	defer f.Close()
+	c, err := nameOpen(f)
+	if err != nil {
+		return c, err
 	}
-	return checkedFile{
-		Boot: string(bytes.TrimSpace(boot)), Ino: st.Ino, Size: st.Size, Sec: int64(st.Ctim.Sec), Nsec: int64(st.Ctim.Nsec),
-	}, nil
+	boot, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	c.Boot = string(bytes.TrimSpace(boot))
+	return c, err
+}
+
+// nameOpen is nameFile but for Boot.
+func nameOpen(f *os.File) (c checkedFile, err error) {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &st); err != nil {
+		return c, fmt.Errorf("stat %s: %w", f.Name(), err)
+	}
+	return checkedFile{Ino: st.Ino, Size: st.Size, Sec: int64(st.Ctim.Sec), Nsec: int64(st.Ctim.Nsec)}, nil
 }
 
 // openIndex opens the index in p.mapped. To check all of it takes a fifth of a

@@ -11,6 +11,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cfs-fuse/cfs-fuse/erofs"
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
@@ -529,6 +531,99 @@ func TestComposefsSource(t *testing.T) {
 	}
 	if err := m.WaitFor(t.Context(), Swapped); !errors.Is(err, ErrStuck) {
 		t.Errorf("WaitFor = %v, want ErrStuck", err)
+	}
+}
+
+// With --verity require an object that is not what the image says is not
+// given out, also if it changes while it is mounted.
+func TestComposefsSourceIsChecked(t *testing.T) {
+	imagePath, objects := composefsImage(t, map[string]string{"a": "alpha", "b": strings.Repeat("b", 10_000)})
+	m, mnt := start(t, "composefs:"+imagePath, Options{Objects: []string{objects}, Verity: Require})
+	if got, err := os.ReadFile(filepath.Join(mnt, "a")); err != nil || string(got) != "alpha" {
+		t.Errorf("a = %q, %v", got, err)
+	}
+	if s := m.Status(); !strings.Contains(s.Verity, "checked") {
+		t.Errorf("verity: %s", s.Verity)
+	}
+	for name := range m.objects.digests {
+		f, err := os.OpenFile(filepath.Join(objects, name), os.O_WRONLY, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := f.WriteAt([]byte("X"), 2); err != nil {
+			t.Fatal(err)
+		}
+		f.Close()
+	}
+	dropPages(t, filepath.Join(mnt, "a"))
+	for _, name := range []string{"a", "b"} {
+		if got, err := os.ReadFile(filepath.Join(mnt, name)); !errors.Is(err, unix.EIO) {
+			t.Errorf("%s, changed: %q, %v; want EIO", name, got, err)
+		}
+	}
+	end(t, m, mnt)
+
+	// A file without a digest cannot be vouched for.
+	plain := filepath.Join(t.TempDir(), "plain.erofs")
+	root := &erofs.Node{Mode: unix.S_IFDIR | 0o755, Nlink: 2, Children: []*erofs.Node{
+		{Name: "f", Mode: unix.S_IFREG | 0o644, Nlink: 1, Size: 5, Target: "aa/f"},
+	}}
+	if err := erofs.WriteFile(plain, root, imageFormat); err != nil {
+		t.Fatal(err)
+	}
+	if m, err := Start(t.Context(), "composefs:"+plain, mnt, Options{Objects: []string{objects}, Verity: Require}); err == nil {
+		end(t, m, mnt)
+		t.Error("an image without digests was mounted")
+	} else if !strings.Contains(err.Error(), "no fs-verity digest") {
+		t.Error(err)
+	}
+}
+
+// What an image has beside objects: long symbolic links, inline files read at
+// any place, xattrs of all kinds, and an object from the second folder.
+func TestComposefsSourceShowsAll(t *testing.T) {
+	inline := strings.Repeat("0123456789abcdef", 250)
+	target := strings.Repeat("long/", 800) + "end"
+	root := &erofs.Node{Mode: unix.S_IFDIR | 0o755, Nlink: 2, Children: []*erofs.Node{
+		{Name: "inline", Mode: unix.S_IFREG | 0o644, Nlink: 1, Size: uint64(len(inline)), Content: []byte(inline), Xattrs: []erofs.Xattr{
+			{Name: "user.a", Value: []byte("1")}, {Name: "trusted.b", Value: nil}, {Name: "security.c", Value: []byte{0, 1}},
+			{Name: "trusted.overlay.nested", Value: []byte("kept")},
+		}},
+		{Name: "link", Mode: unix.S_IFLNK | 0o777, Nlink: 1, Size: uint64(len(target)), Target: target},
+		{Name: "object", Mode: unix.S_IFREG | 0o644, Nlink: 1, Size: 6, Target: "name-of-any-kind"},
+	}}
+	imagePath := filepath.Join(t.TempDir(), "x.erofs")
+	if err := erofs.WriteFile(imagePath, root, imageFormat); err != nil {
+		t.Fatal(err)
+	}
+	first, second := t.TempDir(), t.TempDir()
+	if err := os.WriteFile(filepath.Join(second, "name-of-any-kind"), []byte("second"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	_, mnt := start(t, "composefs:"+imagePath, Options{Objects: []string{first, second}})
+	f, err := os.Open(filepath.Join(mnt, "inline"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for _, at := range [][2]int{{0, 4000}, {1, 3}, {2047, 2}, {3990, 10}} {
+		got := make([]byte, at[1])
+		if _, err := f.ReadAt(got, int64(at[0])); err != nil || string(got) != inline[at[0]:at[0]+at[1]] {
+			t.Errorf("inline at %v: %q, %v", at, got, err)
+		}
+	}
+	for name, want := range map[string]string{"user.a": "1", "trusted.b": "", "security.c": "\x00\x01", "trusted.overlay.nested": "kept"} {
+		buf := make([]byte, 100)
+		n, err := unix.Lgetxattr(filepath.Join(mnt, "inline"), name, buf)
+		if err != nil || string(buf[:max(n, 0)]) != want {
+			t.Errorf("%s = %q, %v; want %q", name, buf[:max(n, 0)], err, want)
+		}
+	}
+	if got, err := os.Readlink(filepath.Join(mnt, "link")); err != nil || got != target {
+		t.Errorf("link: %d bytes, %v; want %d", len(got), err, len(target))
+	}
+	if got, err := os.ReadFile(filepath.Join(mnt, "object")); err != nil || string(got) != "second" {
+		t.Errorf("object = %q, %v", got, err)
 	}
 }
 
