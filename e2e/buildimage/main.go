@@ -2,7 +2,7 @@
 // and says which Debian packages that takes. The tests make them too when they
 // are missing; this only moves the minutes elsewhere.
 //
-//	go run ./e2e/buildimage [-cache DIR]
+//	go run ./e2e/buildimage [-cache DIR] [-web]
 //	go run ./e2e/buildimage -packages
 package main
 
@@ -30,6 +30,7 @@ func main() {
 
 func run(ctx context.Context) error {
 	cache := flag.String("cache", "", "folder to keep the images in (default $CFS_FUSE_E2E_CACHE, else cfs-fuse-e2e in the user's cache folder)")
+	web := flag.Bool("web", false, "make the image that starts are measured on (make bench-start) instead")
 	packages := flag.Bool("packages", false, "print the Debian packages that the build and the tests need, and do nothing else")
 	flag.Parse()
 	if *packages {
@@ -42,13 +43,17 @@ func run(ctx context.Context) error {
 			return err
 		}
 	}
-	set, err := images.Ensure(ctx, *cache, os.Stderr)
+	ensure, made := images.Ensure, [][2]string{{images.Plain, images.Debian}, {images.EStargz, images.Debian}, {images.ZstdChunked, images.Debian},
+		{images.ZstdStargz, images.Debian}, {images.Plain, images.Odd}, {images.ZstdChunked, images.Odd},
+		{images.EStargz, images.Small}, {images.ZstdChunked, images.Small}}
+	if *web {
+		ensure, made = images.EnsureWeb, [][2]string{{images.Plain, images.Web}, {images.EStargz, images.Web}, {images.ZstdChunked, images.Web}}
+	}
+	set, err := ensure(ctx, *cache, os.Stderr)
 	if err != nil {
 		return err
 	}
-	for _, i := range [][2]string{{images.Plain, images.Debian}, {images.EStargz, images.Debian}, {images.ZstdChunked, images.Debian},
-		{images.ZstdStargz, images.Debian}, {images.Plain, images.Odd}, {images.ZstdChunked, images.Odd},
-		{images.EStargz, images.Small}, {images.ZstdChunked, images.Small}} {
+	for _, i := range made {
 		m, _, err := set.Manifest(i[0], i[1])
 		if err != nil {
 			return err

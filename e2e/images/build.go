@@ -23,20 +23,15 @@ type builder struct {
 	tools    *os.File // build.log
 }
 
-func (b *builder) build(ctx context.Context) (err error) {
-	if err := os.MkdirAll(filepath.Join(b.dir, "reference"), 0o755); err != nil {
-		return err
-	}
-	b.tools, err = os.Create(filepath.Join(b.dir, "build.log"))
-	if err != nil {
-		return err
-	}
-	defer b.tools.Close()
-	start := time.Now()
-	for _, step := range []struct {
-		what string
-		do   func(context.Context) error
-	}{
+// A step is one part of making a Set.
+type step struct {
+	what string
+	do   func(context.Context) error
+}
+
+// set returns what makes the Set of the end-to-end tests.
+func (b *builder) set() []step {
+	return []step{
 		{"plain layout", b.newLayout},
 		{"odd image", b.odd},
 		{"small image", b.small},
@@ -47,7 +42,20 @@ func (b *builder) build(ctx context.Context) (err error) {
 		{"zstd:chunked (skopeo)", b.zstdChunked},
 		{"zstd:chunked (stargz)", b.zstdStargz},
 		{"registry", b.fillRegistry},
-	} {
+	}
+}
+
+func (b *builder) build(ctx context.Context, steps []step) (err error) {
+	if err := os.MkdirAll(filepath.Join(b.dir, "reference"), 0o755); err != nil {
+		return err
+	}
+	b.tools, err = os.Create(filepath.Join(b.dir, "build.log"))
+	if err != nil {
+		return err
+	}
+	defer b.tools.Close()
+	start := time.Now()
+	for _, step := range steps {
 		b.progress.Printf("%s", step.what)
 		if err := step.do(ctx); err != nil {
 			return fmt.Errorf("build images: %s: %w", step.what, err)
@@ -86,10 +94,28 @@ func (b *builder) newLayout(ctx context.Context) error {
 	return b.run(ctx, "umoci", "init", "--layout", b.path(Plain))
 }
 
-// debian makes the image of three layers: each a change of the root
-// filesystem that umoci finds by comparing and packs with whiteouts.
+// debian makes the image of three layers.
 func (b *builder) debian(ctx context.Context) error {
-	image, bundle := b.path(Plain)+":"+Debian, b.path("bundle")
+	return b.layers(ctx, Debian, []change{
+		{"minbase", b.minbase},
+		{"python3, numpy, perl, nginx", func(ctx context.Context, rootfs string) error {
+			// nginx makes its folders below /var at its first start: a read-only root must have them.
+			return b.packages(ctx, rootfs, "nginx -t", "python3", "python3-numpy", "perl", "nginx-light")
+		}},
+		{"changes", func(_ context.Context, rootfs string) error { return changes(rootfs) }},
+	})
+}
+
+// A change of a root filesystem makes a layer.
+type change struct {
+	what string
+	do   func(ctx context.Context, rootfs string) error
+}
+
+// layers makes an image with a layer for each change of the root filesystem,
+// which umoci finds by comparing and packs with whiteouts.
+func (b *builder) layers(ctx context.Context, name string, all []change) error {
+	image, bundle := b.path(Plain)+":"+name, b.path("bundle")
 	rootfs := filepath.Join(bundle, "rootfs")
 	if err := b.run(ctx, "umoci", "new", "--image", image); err != nil {
 		return err
@@ -97,14 +123,7 @@ func (b *builder) debian(ctx context.Context) error {
 	if err := b.run(ctx, "umoci", "unpack", "--image", image, bundle); err != nil {
 		return err
 	}
-	for _, change := range []struct {
-		what string
-		do   func(context.Context, string) error
-	}{
-		{"minbase", b.minbase},
-		{"python3, numpy, perl, nginx", b.packages},
-		{"changes", func(_ context.Context, rootfs string) error { return changes(rootfs) }},
-	} {
+	for _, change := range all {
 		b.progress.Printf("  layer: %s", change.what)
 		if err := change.do(ctx, rootfs); err != nil {
 			return err
@@ -151,21 +170,21 @@ func (b *builder) bootstrap(ctx context.Context, suite, rootfs string, options .
 	return cleanRootfs(rootfs)
 }
 
-// installScript runs in namespaces of its own with the root filesystem in $1;
-// the rest are packages.
+// installScript runs in namespaces of its own with the root filesystem in $1
+// and a command to run in it afterwards in $2; the rest are packages.
 const installScript = `set -e
-root=$1; shift
+root=$1 after=$2; shift 2
 mount -t proc proc "$root/proc"
 chroot "$root" apt-get update
 chroot "$root" apt-get install -y --no-install-recommends "$@"
-# nginx makes its folders below /var at its first start: a read-only root must have them.
-chroot "$root" nginx -t
+chroot "$root" sh -c "$after"
 chroot "$root" apt-get clean
 umount "$root/proc"
 `
 
-// packages installs what layer 2 adds, by apt inside the root filesystem.
-func (b *builder) packages(ctx context.Context, rootfs string) error {
+// packages installs packages by apt inside the root filesystem, and then runs
+// a shell command there.
+func (b *builder) packages(ctx context.Context, rootfs, after string, names ...string) error {
 	src, err := MachineSource("/etc")
 	if err != nil {
 		return err
@@ -201,8 +220,8 @@ func (b *builder) packages(ctx context.Context, rootfs string) error {
 		}
 	}
 	env = append(env, "DEBIAN_FRONTEND=noninteractive", "LC_ALL=C", "PATH=/usr/sbin:/usr/bin:/sbin:/bin")
-	err = b.runEnv(ctx, env, "unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
-		"sh", "-c", installScript, "sh", rootfs, "python3", "python3-numpy", "perl", "nginx-light")
+	argv := []string{"--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "sh", "-c", installScript, "sh", rootfs, after}
+	err = b.runEnv(ctx, env, "unshare", append(argv, names...)...)
 	if err != nil {
 		return err
 	}

@@ -23,6 +23,11 @@
 //	<cache>/v1/registry/          docker-registry's storage: a repository per image, tagged by form
 //	<cache>/v1/build.log          what the tools said
 //	<cache>/podman-trixie/rootfs/ a root filesystem with Podman (Podman)
+//
+// A fourth one, "web", is large and made only for measurements (EnsureWeb), in
+// a folder of its own:
+//
+//	<cache>/web-v1/plain/, estargz/, zstdchunked/   OCI layouts, tag web
 package images
 
 import (
@@ -124,6 +129,11 @@ func DefaultCache() (string, error) {
 // folder, which the next one removes. Processes that call it at the same time
 // build once.
 func Ensure(ctx context.Context, cache string, progress io.Writer) (*Set, error) {
+	return ensure(ctx, cache, Version, Tools, (*builder).set, progress)
+}
+
+// ensure makes the folder version below cache by steps, unless it is there.
+func ensure(ctx context.Context, cache, version string, tools []string, steps func(*builder) []step, progress io.Writer) (*Set, error) {
 	cache, err := filepath.Abs(cache)
 	if err != nil {
 		return nil, fmt.Errorf("cache folder: %w", err)
@@ -139,14 +149,14 @@ func Ensure(ctx context.Context, cache string, progress io.Writer) (*Set, error)
 	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
 		return nil, fmt.Errorf("lock cache folder %s: %w", cache, err)
 	}
-	final := filepath.Join(cache, Version)
+	final := filepath.Join(cache, version)
 	if _, err := os.Stat(final); err == nil {
 		return &Set{Dir: final}, nil
 	}
 	if os.Geteuid() != 0 {
 		return nil, fmt.Errorf("build images in %s: only root can make device nodes and run debootstrap", final)
 	}
-	for _, tool := range Tools {
+	for _, tool := range tools {
 		if _, err := exec.LookPath(tool); err != nil {
 			return nil, fmt.Errorf("build images: %w (apt-get install the packages of the end-to-end tests: 'go run ./e2e/buildimage -packages' names them)", err)
 		}
@@ -156,7 +166,7 @@ func Ensure(ctx context.Context, cache string, progress io.Writer) (*Set, error)
 		return nil, fmt.Errorf("remove interrupted build: %w", err)
 	}
 	b := &builder{dir: tmp, progress: log.New(progress, "images: ", log.Ltime)}
-	if err := b.build(ctx); err != nil {
+	if err := b.build(ctx, steps(b)); err != nil {
 		return nil, err
 	}
 	if err := os.Rename(tmp, final); err != nil {
