@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power bench-start
 
 all: build
 
@@ -102,6 +102,12 @@ soak-budget:
 ## soak-power   the power of a virtual machine that fills a store is cut 50 times (some minutes)
 soak-power:
 	$(GO) test -tags soakpower ./e2e/power -count 1 -timeout 2h -v
+
+## bench-start first answer and every byte local, against a full pull, on four links (40 min, root; BENCH_ARGS=-help)
+bench-start: build
+	APT="$(APT)" sh e2e/deps.sh
+	$(GO) build -trimpath -o bin/benchstart ./e2e/benchstart
+	unshare --mount --propagation private bin/benchstart -bin $(BIN) $(BENCH_ARGS)
 
 ## clean   remove what was built here
 clean:
