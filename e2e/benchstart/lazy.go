@@ -12,28 +12,29 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/cfs-fuse/cfs-fuse/mount"
 )
 
 // A lazyMount is the image mounted by cfs-fuse with an empty store.
 type lazyMount struct {
-	b        *bench
-	dir, mnt string
-	start    time.Time
-	before   int64 // bytes the registry had sent
+	b      *bench
+	mnt    string
+	start  time.Time
+	before int64 // bytes the registry had sent
 }
 
 // mount mounts the image, with the access profile in the file profile if that
 // is not empty. The time begins with the command.
 func (b *bench) mount(ctx context.Context, profile string) (*lazyMount, error) {
-	m := &lazyMount{b: b, dir: filepath.Join(b.dir, "lazy")}
-	m.mnt = filepath.Join(m.dir, "mnt")
-	if err := os.MkdirAll(m.mnt, 0o755); err != nil {
+	m := &lazyMount{b: b, mnt: filepath.Join(b.work, "mnt")}
+	if err := os.Mkdir(m.mnt, 0o755); err != nil {
 		return nil, err
 	}
 	if profile != "" {
 		if _, err := m.cfs(ctx, "profile", "import", "--root", m.root(), profile); err != nil {
-			return nil, errors.Join(err, os.RemoveAll(m.dir))
+			return nil, err
 		}
 	}
 	args := []string{"mount", "--plain-http", "--root", m.root(), m.source(), m.mnt}
@@ -42,19 +43,19 @@ func (b *bench) mount(ctx context.Context, profile string) (*lazyMount, error) {
 	}
 	m.start, m.before = time.Now(), b.reg.Counts().Bytes
 	if _, err := m.cfs(ctx, args...); err != nil {
-		return nil, errors.Join(err, os.RemoveAll(m.dir))
+		return nil, err
 	}
 	return m, nil
 }
 
-func (m *lazyMount) root() string { return filepath.Join(m.dir, "store") }
+func (m *lazyMount) root() string { return filepath.Join(m.b.work, "store") }
 
 func (m *lazyMount) source() string {
 	return "docker://" + m.b.reg.Host() + "/" + repository + ":" + m.b.form
 }
 
 func (m *lazyMount) cfs(ctx context.Context, args ...string) ([]byte, error) {
-	return output(ctx, m.b.bin, append([]string{"--runtime-dir", filepath.Join(m.dir, "run")}, args...)...)
+	return output(ctx, m.b.bin, append([]string{"--runtime-dir", filepath.Join(m.b.work, "run")}, args...)...)
 }
 
 func (m *lazyMount) await(ctx context.Context, state string) (time.Duration, error) {
@@ -62,8 +63,8 @@ func (m *lazyMount) await(ctx context.Context, state string) (time.Duration, err
 	return time.Since(m.start), err
 }
 
-// end unmounts, and removes all that the mount left. The context of the
-// measurement may be over.
+// end unmounts, and waits until the serving process has left. The context of
+// the measurement may be over.
 func (m *lazyMount) end() error {
 	ctx, cancel := context.WithTimeout(context.Background(), 30*time.Second)
 	defer cancel()
@@ -75,7 +76,10 @@ func (m *lazyMount) end() error {
 	if m.b.log != "" && st.Log != "" {
 		err = errors.Join(err, appendFile(m.b.log, st.Log))
 	}
-	return errors.Join(err, os.RemoveAll(m.dir))
+	for st.PID > 0 && ctx.Err() == nil && unix.Kill(st.PID, 0) == nil {
+		time.Sleep(time.Millisecond) // it still has the store open
+	}
+	return err
 }
 
 func appendFile(to, from string) error {
@@ -165,25 +169,25 @@ func (b *bench) start(ctx context.Context, profile string) (s sample, err error)
 }
 
 // record makes the access profile, by a start as the measured ones.
-func (b *bench) record(ctx context.Context) (err error) {
+func (b *bench) record(ctx context.Context) (_ sample, err error) {
 	m, err := b.mount(ctx, "")
 	if err != nil {
-		return err
+		return sample{}, err
 	}
 	defer func() { err = errors.Join(err, m.end()) }()
 	app, err := b.startApp(m.mnt)
 	if err != nil {
-		return err
+		return sample{}, err
 	}
 	defer app.stop()
 	if _, err := app.answer(ctx, b.page()); err != nil {
-		return err
+		return sample{}, err
 	}
 	out, err := m.cfs(ctx, "profile", "export", m.mnt)
 	if err != nil {
-		return err
+		return sample{}, err
 	}
-	return os.WriteFile(b.profile, out, 0o644)
+	return sample{}, os.WriteFile(b.profile, out, 0o644)
 }
 
 // measureTar reads the whole image through a mount that has just come to be.

@@ -84,13 +84,15 @@ func main() {
 }
 
 type bench struct {
-	bin, dir string
-	runs     int
-	form     string
-	all      bool
-	log      string
-	links    []speed
-	parts    map[string]bool
+	bin   string
+	dir   string // of what is kept between runs
+	work  string // where each run has a filesystem of its own
+	runs  int
+	form  string
+	all   bool
+	log   string
+	links []speed
+	parts map[string]bool
 
 	reg         *registrytest.Registry
 	files       []*os.File // the blobs it serves
@@ -144,6 +146,7 @@ func (b *bench) setUp(ctx context.Context, bin, tmp, links, parts string) (err e
 	if b.dir, err = os.MkdirTemp(tmp, "cfs-fuse-bench-*"); err != nil {
 		return err
 	}
+	b.work = filepath.Join(b.dir, "work")
 	b.profile = filepath.Join(b.dir, "profile.json")
 	if b.reg, err = registrytest.New(registrytest.Options{}); err != nil {
 		return err
@@ -215,8 +218,7 @@ func (b *bench) run(ctx context.Context) error {
 	for _, s := range b.links {
 		r := &result{speed: s, limit: b.limit(s, b.lazy.bytes), samples: map[string][]sample{}}
 		if b.parts["profile"] {
-			b.reg.SetLink(registrytest.Link{})
-			if err := b.record(ctx); err != nil {
+			if _, err := b.once(ctx, speeds[0], b.record); err != nil {
 				return fmt.Errorf("record an access profile: %w", err)
 			}
 		}
@@ -228,9 +230,7 @@ func (b *bench) run(ctx context.Context) error {
 				if !b.parts[part.name] {
 					continue
 				}
-				syscall.Sync() // the run before leaves nothing to write
-				b.reg.SetLink(s.link)
-				sm, err := part.do(ctx)
+				sm, err := b.once(ctx, s, part.do)
 				if err != nil {
 					return fmt.Errorf("%s at %s, run %d: %w", part.name, s.name, i+1, err)
 				}
@@ -242,6 +242,17 @@ func (b *bench) run(ctx context.Context) error {
 	}
 	fmt.Printf("load at the end: %s\n", loadavg())
 	return nil
+}
+
+// once does one run at a speed, on a filesystem of its own.
+func (b *bench) once(ctx context.Context, s speed, do func(context.Context) (sample, error)) (_ sample, err error) {
+	end, err := b.disk(ctx)
+	if err != nil {
+		return sample{}, err
+	}
+	defer func() { err = errors.Join(err, end()) }()
+	b.reg.SetLink(s.link)
+	return do(ctx)
 }
 
 func (s sample) String() string {

@@ -27,17 +27,15 @@ import (
 // measurePull pulls the image as gzip layers, runs the application on it, and
 // then reads it.
 func (b *bench) measurePull(ctx context.Context) (s sample, err error) {
-	dir := filepath.Join(b.dir, "pull")
-	root := filepath.Join(dir, "root")
-	if err := os.MkdirAll(root, 0o755); err != nil {
+	dir, root := b.work, filepath.Join(b.work, "root")
+	if err := os.Mkdir(root, 0o755); err != nil {
 		return s, err
 	}
-	defer func() { err = errors.Join(err, os.RemoveAll(dir)) }()
 	start, before := time.Now(), b.reg.Counts().Bytes
 	if err := b.pull(ctx, dir, root); err != nil {
 		return s, err
 	}
-	defer func() { err = errors.Join(err, unix.Unmount(root, unix.MNT_DETACH)) }()
+	defer func() { err = errors.Join(err, unix.Unmount(root, 0)) }()
 	s.local, s.mounted = time.Since(start), time.Since(start)
 	app, err := b.startApp(root)
 	if err != nil {
