@@ -40,18 +40,6 @@ func (s *spanReader) Read(p []byte) (int, error) {
 	return n, s.fail(err)
 }
 
-// ReadByte lets the decompressors do without a buffer of their own.
-func (s *spanReader) ReadByte() (byte, error) {
-	if s.left <= 0 {
-		return 0, io.EOF
-	}
-	b, err := s.r.ReadByte()
-	if err == nil {
-		s.left--
-	}
-	return b, s.fail(err)
-}
-
 func (s *spanReader) fail(err error) error {
 	if err != nil {
 		s.err = noEOF(err)
@@ -64,6 +52,7 @@ func (s *spanReader) fail(err error) error {
 type scratch struct {
 	body *bufio.Reader
 	gzip *gzip.Reader
+	span *bufio.Reader // in front of gzip, which is fast on no other reader of a stream
 	buf  []byte
 	wide bool // allow zstd every window, whatever the first frame says
 }
@@ -80,6 +69,9 @@ var (
 // keep puts s back into the pool.
 func (s *scratch) keep() {
 	s.body.Reset(nil)
+	if s.span != nil {
+		s.span.Reset(nil)
+	}
 	s.wide = false
 	scratches.Put(s)
 }
@@ -121,6 +113,11 @@ func (s *scratch) decompress(c toc.Compression, class int, r io.Reader) (_ io.Re
 	case toc.None:
 		return r, done, nil
 	case toc.Gzip:
+		if s.span == nil {
+			s.span = bufio.NewReaderSize(nil, bodyBuffer)
+		}
+		s.span.Reset(r)
+		r = s.span
 		if s.gzip == nil {
 			z, err := gzip.NewReader(r)
 			if err != nil {
