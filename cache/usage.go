@@ -41,6 +41,7 @@ const usageName = "usage"
 const (
 	noteEvery  = 1 << 20          // bytes after which a process adds what it stored
 	countEvery = 10 * time.Minute // how long a count is good for when there is a budget
+	roomSlack  = 32 << 20         // bytes over the budget while room is being made
 	fullPause  = time.Second      // how long Put is refused, at least, before room is looked for again
 )
 
@@ -162,9 +163,24 @@ func (m *meter) free() int64 {
 	return int64(st.Bavail) * st.Bsize
 }
 
-// makeRoom evicts until n bytes fit with some to spare.
+// errMakingRoom is what others get while one makes room.
+var errMakingRoom = fmt.Errorf("%w at the moment, room is being made: %w", ErrBudget, unix.ENOSPC)
+
+// makeRoom evicts until n bytes fit with some to spare. While one call does,
+// which may take long where there are very many files, others may go over the
+// budget by a little, and then fail rather than wait: a reader's chunk can
+// be kept in memory.
 func (m *meter) makeRoom(n int64) error {
-	m.mu.Lock()
+	if !m.mu.TryLock() {
+		over := int64(0)
+		if m.budget.Size > 0 {
+			over = m.total.Load() + m.pending.Load() + n - m.budget.Size
+		}
+		if m.full.Load() == nil && over <= roomSlack && (m.budget.Free <= 0 || m.free() >= m.budget.Free-roomSlack) {
+			return nil
+		}
+		return errMakingRoom
+	}
 	defer m.mu.Unlock()
 	if time.Now().Before(m.retryAt) {
 		return *m.full.Load()

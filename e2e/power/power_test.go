@@ -39,7 +39,7 @@ func TestPowerCuts(t *testing.T) {
 	if err := vm.BuildStatic(ctx, program, "test", "github.com/cfs-fuse/cfs-fuse/cache"); err != nil {
 		t.Fatal(err)
 	}
-	if err := kernel.WriteInitrd(ctx, initrd, []vm.File{{"/cache.test", program}}); err != nil {
+	if err := kernel.WriteInitrd(ctx, initrd, []vm.File{{Guest: "/cache.test", Host: program}}); err != nil {
 		t.Fatal(err)
 	}
 	if err := vm.MakeDisk(ctx, disk, 512<<20); err != nil {

@@ -91,7 +91,7 @@ func TestDiskReadOnly(t *testing.T) {
 // and the store is never over its budget by more than 64 MiB. For an hour with
 // CFS_FUSE_SOAK=1h (make soak-budget).
 func TestBudgetSoak(t *testing.T) {
-	limit := 20 * time.Second
+	limit := 10 * time.Second
 	if long := os.Getenv("CFS_FUSE_SOAK"); long != "" {
 		var err error
 		if limit, err = time.ParseDuration(long); err != nil {
