@@ -74,6 +74,7 @@ func TestPowerCuts(t *testing.T) {
 				most = max(most, certain)
 			}
 		}
+		t.Logf("cut %d: %d contents are certain", n+1, certain)
 	}
 	t.Logf("%d cuts, %d stores filled, at most %d contents certain at a cut", cuts, full, most)
 	if most == 0 {
