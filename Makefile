@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power bench-start
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power bench-start bench-fs soak-hybrid
 
 all: build
 
@@ -108,6 +108,14 @@ bench-start: build
 	APT="$(APT)" sh e2e/deps.sh
 	$(GO) build -trimpath -o bin/benchstart ./e2e/benchstart
 	unshare --mount --propagation private bin/benchstart -bin $(BIN) $(BENCH_ARGS)
+
+## bench-fs mounts beside ext4, overlayfs and passthrough: medians, ratios, FUSE requests (root, a quiet machine)
+bench-fs: build
+	$(GO) run ./e2e/benchfs -bin $(BIN)
+
+## soak-hybrid 100 images filled under eight readers, on live hybrid mounts (root)
+soak-hybrid:
+	CFS_FUSE_FILLS=100 $(GO) test -timeout 30m -count 1 -v -run TestHybridFillsUnderReaders ./mount
 
 ## clean   remove what was built here
 clean:

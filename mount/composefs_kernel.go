@@ -172,7 +172,7 @@ type overlay struct {
 	source      string
 	lower       *os.File // the EROFS mount
 	objects     []string // data-only lowers
-	data        *os.File // a mount that is the last of them; may be nil
+	data        *os.File // a detached mount, as the last of them; may be nil
 	upper, work string   // both or none
 	readOnly    bool
 	enforce     bool // verity=require
@@ -213,6 +213,9 @@ func (o *overlay) build() (*os.File, error) {
 		params = append(params, kmount.String("verity", "require"))
 	}
 	dirs := append([]string{o.upper, o.work}, o.objects...)
+	if o.data != nil {
+		dirs = append(dirs, kmount.Path(o.data))
+	}
 	for i, dir := range dirs {
 		// A longer path is taken by way of a descriptor; a short one is not,
 		// as this is what mount tables show.
@@ -226,9 +229,6 @@ func (o *overlay) build() (*os.File, error) {
 		}
 	}
 	upper, work, objects := dirs[0], dirs[1], dirs[2:]
-	if o.data != nil {
-		objects = append(objects, kmount.Path(o.data))
-	}
 	if upper != "" {
 		params = append(params, kmount.String("upperdir", upper), kmount.String("workdir", work))
 	}

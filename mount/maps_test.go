@@ -31,7 +31,7 @@ func TestIndexIsCheckedOnce(t *testing.T) {
 	if err := os.Chtimes(m.image.path(chunksName), now, now); err != nil { // a new ctime
 		t.Fatal(err)
 	}
-	m, mnt = start(t, source, Options{Root: root, Swap: Never, NoFill: true})
+	_, mnt = start(t, source, Options{Root: root, Swap: Never, NoFill: true})
 	checkFiles(t, mnt)
 	if again, err := os.ReadFile(note); err != nil || string(again) == string(first) {
 		t.Errorf("the note is %q, %v, as before the file was touched", again, err)
