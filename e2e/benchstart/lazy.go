@@ -72,9 +72,12 @@ func (m *lazyMount) end() error {
 	if out, err := m.cfs(ctx, "status", "--json", m.mnt); err == nil {
 		json.Unmarshal(out, &st)
 	}
-	_, err := m.cfs(ctx, "umount", m.mnt)
+	var err error
 	if m.b.log != "" && st.Log != "" {
-		err = errors.Join(err, appendFile(m.b.log, st.Log))
+		err = appendFile(m.b.log, st.Log) // it goes with the mount
+	}
+	if _, uerr := m.cfs(ctx, "umount", m.mnt); uerr != nil {
+		err = errors.Join(err, uerr)
 	}
 	for st.PID > 0 && ctx.Err() == nil && unix.Kill(st.PID, 0) == nil {
 		time.Sleep(time.Millisecond) // it still has the store open
