@@ -103,7 +103,7 @@ soak-budget:
 soak-power:
 	$(GO) test -tags soakpower ./e2e/power -count 1 -timeout 2h -v
 
-## bench-start first answer and every byte local, against a full pull, on four links (40 min, root; BENCH_ARGS=-help)
+## bench-start first answer and every byte local, against a full pull, on four links (an hour, root; BENCH_ARGS=-help)
 bench-start: build
 	APT="$(APT)" sh e2e/deps.sh
 	$(GO) build -trimpath -o bin/benchstart ./e2e/benchstart

@@ -137,6 +137,10 @@ func (b *bench) measureProfile(ctx context.Context) (sample, error) { return b.s
 // start mounts, runs the application at once and waits for its answer and for
 // every byte.
 func (b *bench) start(ctx context.Context, profile string) (s sample, err error) {
+	used, err := ownCPU()
+	if err != nil {
+		return s, err
+	}
 	m, err := b.mount(ctx, profile)
 	if err != nil {
 		return s, err
@@ -151,7 +155,9 @@ func (b *bench) start(ctx context.Context, profile string) (s sample, err error)
 	go func() {
 		var w waited
 		if w.local, w.err = m.await(ctx, "complete"); w.err == nil {
-			if w.cpu, w.err = m.cpu(ctx); w.err == nil {
+			w.cpu, w.err = m.cpu(ctx)
+			if own, err := ownCPU(); w.err == nil && err == nil {
+				w.cpu += own - used // the application is not in it before it ends
 				w.sealed, w.err = m.await(ctx, "sealed")
 			}
 		}

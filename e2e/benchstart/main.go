@@ -209,7 +209,7 @@ type sample struct {
 	tar     time.Duration // the whole image read
 	mounted time.Duration
 	bytes   int64         // received until the answer
-	cpu     time.Duration // of cfs-fuse, until every byte was local
+	cpu     time.Duration // until every byte was local: of the pull or of cfs-fuse, and of the registry
 	modules int
 }
 

@@ -31,10 +31,18 @@ func (b *bench) measurePull(ctx context.Context) (s sample, err error) {
 	if err := os.Mkdir(root, 0o755); err != nil {
 		return s, err
 	}
+	used, err := ownCPU()
+	if err != nil {
+		return s, err
+	}
 	start, before := time.Now(), b.reg.Counts().Bytes
 	if err := b.pull(ctx, dir, root); err != nil {
 		return s, err
 	}
+	if s.cpu, err = ownCPU(); err != nil {
+		return s, err
+	}
+	s.cpu -= used
 	defer func() { err = errors.Join(err, unix.Unmount(root, 0)) }()
 	s.local, s.mounted = time.Since(start), time.Since(start)
 	app, err := b.startApp(root)
@@ -52,6 +60,20 @@ func (b *bench) measurePull(ctx context.Context) (s sample, err error) {
 	}
 	s.tar = s.local + time.Since(begin)
 	return s, nil
+}
+
+// ownCPU is the processor time of this process, with the registry in it, and of
+// the programs that it ran and that have ended.
+func ownCPU() (time.Duration, error) {
+	var all time.Duration
+	for _, who := range []int{unix.RUSAGE_SELF, unix.RUSAGE_CHILDREN} {
+		var u unix.Rusage
+		if err := unix.Getrusage(who, &u); err != nil {
+			return 0, fmt.Errorf("getrusage: %w", err)
+		}
+		all += time.Duration(u.Utime.Nano() + u.Stime.Nano())
+	}
+	return all, nil
 }
 
 // pull does what a container runtime does: manifest, configuration, all layers
