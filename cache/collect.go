@@ -403,6 +403,7 @@ func (c *collection) removeWhole(l levelled) error {
 		return ignoreAbsent(err)
 	}
 	c.res.Contents++
+	c.s.files.discard(l.digest) // an open file would keep its room
 	if l.stat.Nlink > 2 { // somebody else has a link: nothing is freed
 		l.stat.Blocks = 0
 	}

@@ -414,3 +414,71 @@ func TestCollectWhileFilling(t *testing.T) {
 	wg.Wait()
 	check(t, first)
 }
+
+// A filesystem that others want to use too is left that much room.
+func TestBudgetFree(t *testing.T) {
+	mnt := newFilesystem(t, "tmpfs", 32)
+	const free = 20 << 20
+	s := open(t, filepath.Join(mnt, "store"), Options{Budget: Budget{Free: free}})
+	big := func(letter string) (all []content) {
+		for i := range 60 {
+			all = append(all, cut(fmt.Sprintf("%s*%d", letter, 100_000+i)))
+		}
+		return all
+	}
+	for _, letter := range []string{"a", "b", "c"} { // any two are too many
+		x := imageOf(t, big(letter)...)
+		l, err := s.Lease(install(t, s, x, 0))
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := contentsOf(t, s, x)
+		putAll(t, c, x)
+		wantWhole(t, s, c, x)
+		c.Close()
+		l.Close()
+		if got := s.meter.free(); got < free-noteEvery {
+			t.Errorf("after %s: %d bytes are free, want %d", letter, got, free)
+		}
+	}
+	if u, err := s.Usage(t.Context()); err != nil || len(u.Images) != 3 || u.ContentBytes > 12<<20 {
+		t.Errorf("%+v, %v", u, err)
+	}
+	if err := os.WriteFile(filepath.Join(mnt, "others"), make([]byte, 15<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	x := imageOf(t, big("d")...)
+	l, err := s.Lease(install(t, s, x, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := contentsOf(t, s, x)
+	err = nil
+	for j := 0; j < x.Chunks() && err == nil; j++ {
+		err = c.Put(j, x.data(j))
+	}
+	if !errors.Is(err, ErrBudget) {
+		t.Errorf("others have the room: %v", err)
+	}
+	if err := s.Room(); !errors.Is(err, ErrBudget) {
+		t.Errorf("room: %v", err)
+	}
+	if err := os.Remove(filepath.Join(mnt, "others")); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(fullPause)
+	for range 20 { // looking took some time, so it is looked for again later
+		if err = s.Room(); err == nil {
+			break
+		}
+		time.Sleep(fullPause / 4)
+	}
+	if err != nil {
+		t.Errorf("there is room again: %v", err)
+	}
+	putAll(t, c, x)
+	wantWhole(t, s, c, x)
+	c.Close()
+	l.Close()
+	s.Close()
+}

@@ -122,6 +122,20 @@ func (p *pool[K, V]) drop(h *handle[K, V]) {
 	p.forget(h)
 }
 
+// discard makes the next acquire of key open it anew, and closes the value if
+// nobody uses it.
+func (p *pool[K, V]) discard(key K) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch h := p.open[key]; {
+	case h == nil:
+	case h.users == 0:
+		p.closeIdle(h)
+	default:
+		p.forget(h)
+	}
+}
+
 func (p *pool[K, V]) forget(h *handle[K, V]) {
 	if !h.dropped {
 		h.dropped = true
