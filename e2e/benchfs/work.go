@@ -63,8 +63,9 @@ func (b *bench) files() error {
 	big := func(c string) string { return filepath.Join(b.at(c), "big") }
 	warm := func(c string) error { _, err := sequential(big(c)); return err }
 	cold := func(c string) error {
-		// What a file's pages are copies of goes as well: the object's.
-		return errors.Join(dropFile(big(c)), b.dropObjects())
+		// What a file's pages are copies of goes as well: the object's, and
+		// what the loopback is over.
+		return errors.Join(dropFile(big(c)), dropFile(big(ext4)), b.dropObjects())
 	}
 	threads := func(n int, f func(c string, n int) (float64, error)) func(string) (float64, error) {
 		return func(c string) (float64, error) { return f(c, n) }
