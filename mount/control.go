@@ -23,6 +23,7 @@ import (
 //
 //	GET /status            the Status as JSON
 //	GET /profile           the access profile as JSON (image.Profile)
+//	POST /swap             204 once it is swapped, 409 and the reason when it cannot be
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
 type Control struct {
 	mount *Mount
@@ -49,6 +50,7 @@ func NewControl(m *Mount) (*Control, error) {
 	mux.HandleFunc("GET /status", c.status)
 	mux.HandleFunc("GET /wait", c.wait)
 	mux.HandleFunc("GET /profile", c.profile)
+	mux.HandleFunc("POST /swap", c.swap)
 	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	if err := files.save(m.Status()); err != nil {
 		l.Close()
@@ -108,8 +110,27 @@ func (c *Control) wait(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
+func (c *Control) swap(w http.ResponseWriter, _ *http.Request) {
+	err := fmt.Errorf("it is %s, and only a sealed image can be swapped", c.mount.state())
+	if c.mount.state() >= Sealed {
+		err = c.mount.swap()
+	}
+	if err == nil {
+		err = c.files.save(c.mount.Status())
+	}
+	if err != nil {
+		http.Error(w, withHint(err), http.StatusConflict)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
+}
+
 // get asks the process that serves a mount.
 func (f Files) get(ctx context.Context, path string) (*http.Response, error) {
+	return f.request(ctx, http.MethodGet, path)
+}
+
+func (f Files) request(ctx context.Context, method, path string) (*http.Response, error) {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -117,7 +138,7 @@ func (f Files) get(ctx context.Context, path string) (*http.Response, error) {
 			return d.DialContext(ctx, "unix", f.Socket)
 		},
 	}}
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://cfs-fuse"+path, nil)
+	req, err := http.NewRequestWithContext(ctx, method, "http://cfs-fuse"+path, nil)
 	if err != nil {
 		return nil, err
 	}
@@ -229,6 +250,34 @@ func Await(ctx context.Context, runtimeDir, mountpoint string, state State) erro
 	if state == Swapped {
 		left.wait(lingerTime)
 	}
+	return nil
+}
+
+// SwapNow swaps the sealed image at mountpoint to the kernel's mount, also where
+// it was mounted to stay on FUSE, or an earlier attempt failed. A nil error
+// promises that the kernel's mount is in place. It fails with ErrStuck, wrapped
+// with the reason, when the image is not sealed yet or the kernel refuses, and
+// FUSE then goes on serving.
+func SwapNow(ctx context.Context, runtimeDir, mountpoint string) error {
+	s, err := Query(ctx, runtimeDir, mountpoint)
+	if err != nil || s.State >= Swapped {
+		return err
+	}
+	if s.PID == 0 {
+		return fmt.Errorf("%s: state %s %w: %s", s.Mountpoint, Swapped, ErrStuck, s.Note)
+	}
+	left := watchProcess(s.PID)
+	defer left.Close()
+	res, err := FilesOf(runtimeDir, s.Mountpoint).request(ctx, http.MethodPost, "/swap")
+	if err != nil {
+		return fmt.Errorf("%s: ask the process that serves the mount to swap: %w", s.Mountpoint, err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusNoContent {
+		text, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+		return fmt.Errorf("%s: swap: %w", s.Mountpoint, stuck(oneLine(string(text))))
+	}
+	left.wait(lingerTime)
 	return nil
 }
 

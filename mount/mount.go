@@ -122,8 +122,10 @@ type Mount struct {
 	reports   reports
 	started   time.Time
 
-	stop   context.CancelFunc
-	run    sync.WaitGroup
+	stop     context.CancelFunc
+	run      sync.WaitGroup
+	swapping sync.Mutex // held by who swaps: the conductor, or SwapNow's request
+
 	mu     sync.Mutex
 	status Status
 	change chan struct{} // closed and replaced at each change of status

@@ -91,6 +91,11 @@ func (m *Mount) swapped(verity string) {
 // now without an instant at which the mount point is bare: beneath it first,
 // then that is detached. What is open on it stays on it.
 func (m *Mount) swap() error {
+	m.swapping.Lock()
+	defer m.swapping.Unlock()
+	if m.state() >= Swapped {
+		return nil // by hand, or before the hand came
+	}
 	rec, ok := m.sealedRecord()
 	if !ok {
 		return fmt.Errorf("the sealed image is no longer whole")

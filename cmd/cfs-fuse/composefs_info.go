@@ -28,6 +28,8 @@ const infoHelp = `Show what composefs images hold. COMMAND is one of
 type infoFlags struct {
 	basedir string
 	filter  []string
+
+	contentPaths bool
 }
 
 func (f *infoFlags) addFilter(cmd *cobra.Command) {
@@ -102,7 +104,14 @@ func (f *infoFlags) list(w io.Writer, images []string) error {
 }
 
 func (f *infoFlags) dump(w io.Writer, images []string) error {
-	return f.each(images, func(r *erofs.Reader) error { return composefs.Dump(w, r, f.filter) })
+	return f.each(images, func(r *erofs.Reader) error {
+		if f.contentPaths {
+			if err := composefs.CheckContentPaths(r); err != nil {
+				return err
+			}
+		}
+		return composefs.Dump(w, r, f.filter)
+	})
 }
 
 // objects prints the objects of all images, or those that are not in basedir.

@@ -58,6 +58,7 @@ func newErofsDump() *cobra.Command {
 		RunE:    atOnce(func(cmd *cobra.Command, args []string) error { return f.dump(cmd.OutOrStdout(), args) }),
 	}
 	f.addFilter(cmd)
+	cmd.Flags().BoolVar(&f.contentPaths, "content-paths", false, "fail unless each file's PAYLOAD is the path of its DIGEST, as the dump of a folder with a store of objects has it")
 	return cmd
 }
 

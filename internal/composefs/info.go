@@ -113,6 +113,28 @@ func appendEscaped(b []byte, s string, spaces bool) []byte {
 	return b
 }
 
+// CheckContentPaths fails unless the payload of every external file is the path
+// that its fs-verity digest has in a store of objects ("ab/cdef…"): the image is
+// then the one that mkcomposefs makes of the same tree with --digest-store.
+func CheckContentPaths(r *erofs.Reader) error {
+	return walk(r, nil, func(path string, i erofs.Inode) error {
+		if !i.External() {
+			return nil
+		}
+		payload, digest, err := r.Payload(i)
+		if err != nil {
+			return err
+		}
+		if len(digest) == 0 {
+			return fmt.Errorf("%s: no fs-verity digest", path)
+		}
+		if want := fmt.Sprintf("%x/%x", digest[:1], digest[1:]); payload != want {
+			return fmt.Errorf("%s: its payload is %q, its digest's path %q", path, payload, want)
+		}
+		return nil
+	})
+}
+
 // Objects is a set of payloads.
 type Objects map[string]struct{}
 

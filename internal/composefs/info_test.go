@@ -136,6 +136,23 @@ func TestObjects(t *testing.T) {
 	}
 }
 
+func TestCheckContentPaths(t *testing.T) {
+	for _, c := range []struct{ dump, want string }{
+		{lines(example, "/ ", "/lib ", "/lib/", "/usr ", "/usr/"), ""},
+		{example, "/unnamed: no fs-verity digest"},
+		{strings.ReplaceAll(lines(example, "/ ", "/usr ", "/usr/"), objB, objA), "/usr/b: its payload is "},
+	} {
+		root, err := erofs.ParseDump(strings.NewReader(c.dump))
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = CheckContentPaths(imageOf(t, root))
+		if (c.want == "") != (err == nil) || err != nil && !strings.HasPrefix(err.Error(), c.want) {
+			t.Errorf("%v, want %q", err, c.want)
+		}
+	}
+}
+
 func TestDump(t *testing.T) {
 	r := exampleImage(t)
 	// The image's own sizes of folders, and the marker of the whiteout.
