@@ -1,0 +1,282 @@
+// Package fusesession lets a FUSE session outlive the process that serves it.
+// A session is the /dev/fuse descriptor, the one INIT exchange that its
+// connection has had, and whatever answers its requests; this package knows
+// the first two and hands go-fuse a descriptor to serve, be the session new or
+// ten processes old. Who keeps the descriptor meanwhile is its callers'
+// business (package keeper).
+//
+// The kernel sends INIT once in the life of a connection, and go-fuse begins
+// with reading it. So INIT always passes through here:
+//
+//	new session    kernel ── INIT ──► Session ── socketpair ──► go-fuse
+//	                 ▲                   │ ◄──────── reply ────────┘
+//	                 └───── reply ───────┘  both are kept: Params
+//	successor      Params ── INIT, as it was agreed ──► go-fuse
+//	                     ◄── reply: must be what was agreed ──
+//
+// and then dup3(2) puts /dev/fuse in the place of go-fuse's end of the
+// socketpair, under the number that go-fuse knows. This is safe because
+// fuse.NewServer reads and answers INIT in the calling goroutine and starts no
+// other before Serve (documented in go-fuse's Server.handleInit; the test
+// TestTakeover fails should that change): nobody is inside read(2) on the
+// descriptor that is replaced. From then on go-fuse reads, writes and splices
+// /dev/fuse itself; this package costs nothing per request.
+//
+// What the kernel remembers of a session stays as the first server made it:
+// protocol version, flags, sizes, and operations that were answered with
+// ENOSYS. A successor that would have agreed to other flags is refused by
+// NewServer, before it has touched the session.
+//
+// Requests that a process had read when it died are still with the kernel,
+// which waits for their answers. Takeover makes it send them again
+// (FUSE_NOTIFY_RESEND, Linux 6.9; linux/fuse.h), with the same ID but for its
+// topmost bit. Older kernels cannot: Takeover then answers them with an error,
+// so that no program hangs (see there).
+package fusesession
+
+import (
+	"bytes"
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"unsafe"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+)
+
+// Params are what a successor must know of a session besides its descriptor.
+type Params struct {
+	// Request and Reply are the INIT exchange, as it went over /dev/fuse
+	// (struct fuse_in_header and fuse_init_in, fuse_out_header and
+	// fuse_init_out of linux/fuse.h).
+	Request []byte `json:"init_request"`
+	Reply   []byte `json:"init_reply"`
+}
+
+// A Session is one connection to the kernel.
+type Session struct {
+	dev     *os.File
+	params  Params
+	resumed bool
+}
+
+// New makes a session of a /dev/fuse descriptor on which the kernel's INIT
+// still waits to be read. It takes dev over.
+func New(dev *os.File) *Session { return &Session{dev: dev} }
+
+// Resume makes a session of the descriptor and parameters that another
+// process's session had. It takes dev over, unless it fails.
+func Resume(dev *os.File, p Params) (*Session, error) {
+	if _, err := p.agreed(); err != nil {
+		return nil, fmt.Errorf("continue a FUSE session: %w", err)
+	}
+	return &Session{dev: dev, params: p, resumed: true}, nil
+}
+
+// File returns the /dev/fuse descriptor, which the Session goes on owning.
+func (s *Session) File() *os.File { return s.dev }
+
+// Params returns what a successor must know. They are there once NewServer has
+// succeeded.
+func (s *Session) Params() Params { return s.params }
+
+// Resumed reports whether another process has served the session before.
+func (s *Session) Resumed() bool { return s.resumed }
+
+// Close closes the descriptor. A server made by NewServer has its own.
+func (s *Session) Close() error { return s.dev.Close() }
+
+// Over reports whether the kernel has let go of the connection: what it was
+// mounted for is unmounted, with no file open, or was aborted.
+func Over(dev *os.File) bool {
+	fds := []unix.PollFd{{Fd: int32(dev.Fd())}}
+	n, err := unix.Poll(fds, 0)
+	return err == nil && n == 1 && fds[0].Revents&unix.POLLERR != 0 // fuse_dev_poll in the kernel's fs/fuse/dev.c
+}
+
+// NewServer returns a go-fuse server of the session that has not begun to
+// read requests. Its Init is called before the kernel has the answer to INIT.
+// The rest of a new session is answered once Serve is called; in a resumed one
+// Takeover has to be called first.
+//
+// It fails, with the session untouched, when fs and o would have agreed with
+// the kernel on something else than a resumed session has.
+func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*fuse.Server, error) {
+	opts := *o
+	request := s.params.Request
+	var was *fuse.InitOut
+	if s.resumed {
+		var err error
+		if was, err = s.params.agreed(); err != nil {
+			return nil, err
+		}
+		request = offer(request, was.Flags64())
+		// go-fuse's buffers must hold what the kernel may send.
+		opts.MaxWrite = int(was.MaxWrite)
+	} else {
+		buf := make([]byte, minReadBuffer)
+		n, err := retry(func() (int, error) { return unix.Read(int(s.dev.Fd()), buf) })
+		if err != nil {
+			return nil, fmt.Errorf("read the kernel's INIT: %w", err)
+		}
+		request = buf[:n]
+		if err := checkRequest(request); err != nil {
+			return nil, err
+		}
+	}
+	srv, number, reply, err := exchange(fs, &opts, request)
+	if err != nil {
+		return nil, err
+	}
+	out, err := parseReply(reply)
+	switch {
+	case err != nil:
+	case was != nil:
+		err = same(was, out)
+	default:
+		if _, err = unix.Write(int(s.dev.Fd()), reply); err != nil {
+			err = fmt.Errorf("answer the kernel's INIT: %w", err)
+		}
+	}
+	if err == nil {
+		if err = unix.Dup3(int(s.dev.Fd()), number, unix.O_CLOEXEC); err != nil {
+			err = fmt.Errorf("give the session to go-fuse: %w", err)
+		}
+	}
+	if err != nil {
+		// The server's descriptor is a socket whose other end is closed, so
+		// that this ends at once, and closes it.
+		srv.Serve()
+		return nil, err
+	}
+	if !s.resumed {
+		s.params = Params{Request: bytes.Clone(request), Reply: reply}
+	}
+	return srv, nil
+}
+
+// exchange lets go-fuse answer an INIT over a socketpair, and returns the
+// number of the descriptor that go-fuse will read and write.
+func exchange(fs fuse.RawFileSystem, o *fuse.MountOptions, request []byte) (*fuse.Server, int, []byte, error) {
+	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
+	if err != nil {
+		return nil, 0, nil, fmt.Errorf("socketpair: %w", err)
+	}
+	theirs, ours := pair[0], pair[1]
+	defer unix.Close(ours)
+	if _, err := unix.Write(ours, request); err != nil {
+		unix.Close(theirs)
+		return nil, 0, nil, fmt.Errorf("pass INIT on: %w", err)
+	}
+	// NewServer takes the descriptor over, whether it succeeds or not.
+	srv, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", theirs), o)
+	if err != nil {
+		return nil, 0, nil, err
+	}
+	reply := make([]byte, minReadBuffer)
+	n, _, err := unix.Recvfrom(ours, reply, unix.MSG_DONTWAIT)
+	if err != nil {
+		n = 0 // parseReply says it
+	}
+	return srv, theirs, reply[:n], nil
+}
+
+// minReadBuffer is FUSE_MIN_READ_BUFFER of linux/fuse.h, in bytes.
+const minReadBuffer = 8192
+
+// opInit is FUSE_INIT of linux/fuse.h.
+const opInit = 26
+
+const (
+	sizeInHeader  = int(unsafe.Sizeof(fuse.InHeader{}))
+	sizeOutHeader = int(unsafe.Sizeof(fuse.OutHeader{}))
+	sizeInitIn    = int(unsafe.Sizeof(fuse.InitIn{}))
+	sizeInitOut   = int(unsafe.Sizeof(fuse.InitOut{}))
+	// before protocol 7.36 INIT ended with its first flags
+	sizeOldInitIn = sizeInHeader + 16
+	// where the flags are in an INIT request
+	offFlags, offFlags2 = sizeInHeader + 12, sizeInHeader + 16
+)
+
+func checkRequest(b []byte) error {
+	if len(b) < sizeOldInitIn || len(b) > sizeInitIn {
+		return fmt.Errorf("the kernel's INIT has %d bytes", len(b))
+	}
+	if op := binary.NativeEndian.Uint32(b[4:]); op != opInit {
+		return fmt.Errorf("the kernel's first request is number %d, not INIT", op)
+	}
+	return nil
+}
+
+func parseReply(b []byte) (*fuse.InitOut, error) {
+	if len(b) < sizeOutHeader {
+		return nil, fmt.Errorf("go-fuse answered INIT with %d bytes", len(b))
+	}
+	if status := int32(binary.NativeEndian.Uint32(b[4:])); status != 0 {
+		return nil, fmt.Errorf("go-fuse answered INIT: %w", unix.Errno(-status))
+	}
+	if len(b) != sizeOutHeader+sizeInitOut {
+		return nil, fmt.Errorf("go-fuse answered INIT with %d bytes", len(b))
+	}
+	var out fuse.InitOut
+	copy(unsafe.Slice((*byte)(unsafe.Pointer(&out)), sizeInitOut), b[sizeOutHeader:])
+	return &out, nil
+}
+
+// agreed checks the parameters and returns what was answered.
+func (p Params) agreed() (*fuse.InitOut, error) {
+	if err := checkRequest(p.Request); err != nil {
+		return nil, err
+	}
+	return parseReply(p.Reply)
+}
+
+// canResend reports whether the kernel knows FUSE_NOTIFY_RESEND.
+func (p Params) canResend() bool {
+	return len(p.Request) >= offFlags2+4 &&
+		binary.NativeEndian.Uint32(p.Request[offFlags2:])&(fuse.CAP_HAS_RESEND>>32) != 0
+}
+
+// offer returns an INIT request that offers of its flags only those agreed.
+func offer(request []byte, agreed uint64) []byte {
+	b := bytes.Clone(request)
+	mask := func(off int, flags uint32) {
+		if len(b) >= off+4 {
+			binary.NativeEndian.PutUint32(b[off:], binary.NativeEndian.Uint32(b[off:])&flags)
+		}
+	}
+	mask(offFlags, uint32(agreed))
+	mask(offFlags2, uint32(agreed>>32))
+	return b
+}
+
+// same fails unless a successor agrees to what the session has.
+func same(was, now *fuse.InitOut) error {
+	var diffs []string
+	diff := func(what string, a, b uint64) {
+		if a != b {
+			diffs = append(diffs, fmt.Sprintf("%s %#x, the session has %#x", what, b, a))
+		}
+	}
+	// The minor version that go-fuse answers changes nothing in what it does.
+	diff("protocol", uint64(was.Major), uint64(now.Major))
+	diff("flags", was.Flags64(), now.Flags64())
+	diff("max_write", uint64(was.MaxWrite), uint64(now.MaxWrite))
+	diff("max_pages", uint64(was.MaxPages), uint64(now.MaxPages))
+	if diffs != nil {
+		return errors.New("this build of the program cannot continue the session: " + strings.Join(diffs, "; "))
+	}
+	return nil
+}
+
+func retry(f func() (int, error)) (int, error) {
+	for {
+		n, err := f()
+		if !errors.Is(err, unix.EINTR) {
+			return n, err
+		}
+	}
+}
