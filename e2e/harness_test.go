@@ -210,6 +210,9 @@ type status struct {
 	OldestWait float64 `json:"oldest_wait_seconds"`
 	Note       string  `json:"swap_note"`
 	PID        int     `json:"pid"`
+	Keeper     string  `json:"keeper"`
+	KeeperPID  int     `json:"keeper_pid"`
+	Restarts   int     `json:"restarts"`
 	Log        string  `json:"log"`
 }
 

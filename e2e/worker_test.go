@@ -25,6 +25,29 @@ import (
 // and prints a workerReport.
 const workerEnv = "CFS_FUSE_E2E_WORKER"
 
+// coldEnv, if set, makes workers drop the pages of a file before they read it,
+// so that its bytes are asked for each time.
+const coldEnv = "CFS_FUSE_E2E_COLD"
+
+var cold = os.Getenv(coldEnv) != ""
+
+// drop drops the pages of a file from the page cache, in a cold worker.
+func drop(f *os.File) {
+	if cold {
+		unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+	}
+}
+
+func readFile(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer f.Close()
+	drop(f)
+	return io.ReadAll(f)
+}
+
 // The kinds of worker.
 const (
 	loadWorker = "load" // opens, reads, stats, lists by path, over and over
@@ -157,7 +180,7 @@ func (k *known) use(point string, r *workerReport) {
 			k.ino = st.Ino
 		}
 		r.check(fmt.Sprintf("inode number of %s: %d, was %d", k.path, st.Ino, k.ino), st.Ino == k.ino, nil)
-		got, err := os.ReadFile(path)
+		got, err := readFile(path)
 		r.check(fmt.Sprintf("read %s: %d bytes of %d", k.path, len(got), len(k.content)), bytes.Equal(got, k.content), err)
 	case k.names != nil:
 		got, err := names(path)
@@ -202,7 +225,22 @@ func hold(point string, tree []*known, r *workerReport, stop <-chan struct{}) er
 		return err
 	}
 	for pass := 0; ; pass++ {
-		for _, h := range files {
+		for i := range files {
+			h := &files[i]
+			if cold && h.mapped != nil { // mapped pages are not dropped
+				var err error
+				unix.Munmap(h.mapped)
+				drop(h.f)
+				if h.mapped, err = unix.Mmap(int(h.f.Fd()), 0, len(h.content), unix.PROT_READ, unix.MAP_SHARED); err != nil {
+					return err
+				}
+				r.check("mapping of "+h.path, bytes.Equal(h.mapped, h.content), nil)
+				unix.Munmap(h.mapped)
+				drop(h.f)
+				if h.mapped, err = unix.Mmap(int(h.f.Fd()), 0, len(h.content), unix.PROT_READ, unix.MAP_SHARED); err != nil {
+					return err
+				}
+			}
 			got := make([]byte, len(h.content))
 			_, err := h.f.ReadAt(got, 0)
 			r.check("read held "+h.path, bytes.Equal(got, h.content), err)

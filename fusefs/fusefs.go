@@ -36,6 +36,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/erofs"
+	"github.com/cfs-fuse/cfs-fuse/internal/fusesession"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
 	"github.com/cfs-fuse/cfs-fuse/metrics"
@@ -80,6 +81,7 @@ const FSType = "fuse.cfs-fuse"
 // A Server serves one image or set of objects.
 type Server struct {
 	fuse    *fuse.Server
+	conn    *fusesession.Session
 	session *session
 	done    chan struct{}
 	once    sync.Once
@@ -109,10 +111,13 @@ func Mount(mountpoint string, image *erofs.Reader, contents Contents, o Options)
 func mountImage(mountpoint string, fsys *fileSystem) (*Server, error) {
 	opts := fsys.opts.mountOptions(fsys.image.Header().HasACL)
 	if os.Geteuid() != 0 {
-		srv := &Server{session: fsys.session, done: make(chan struct{})}
-		var err error
-		if srv.fuse, err = fuse.NewServer(fsys, mountpoint, opts); err != nil {
+		dev, err := fusermount(mountpoint, opts)
+		if err != nil {
 			return nil, err
+		}
+		srv, err := newServer(fsys, fsys.session, fusesession.New(dev), opts)
+		if err != nil {
+			return nil, errors.Join(err, fusermountUndo(context.Background(), mountpoint))
 		}
 		go srv.serve()
 		return srv, nil
@@ -179,25 +184,24 @@ func (o Options) mountOptions(acl bool) *fuse.MountOptions {
 // serveDetached builds a mount that is visible nowhere yet, and returns once
 // the server has answered its INIT.
 func serveDetached(fsys fuse.RawFileSystem, s *session, o *fuse.MountOptions) (*Server, *os.File, error) {
-	dev, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
+	dev := os.NewFile(uintptr(fd), "/dev/fuse")
 	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY|s.opts.Attributes,
 		kmount.Flag("ro"),
 		kmount.String("source", o.FsName), kmount.String("subtype", o.Name),
-		kmount.String("fd", strconv.Itoa(dev)),
+		kmount.String("fd", strconv.Itoa(fd)),
 		kmount.String("rootmode", strconv.FormatUint(unix.S_IFDIR, 8)),
 		kmount.String("user_id", "0"), kmount.String("group_id", "0"),
 		kmount.Flag("default_permissions"), kmount.Flag("allow_other"),
 		kmount.String("max_read", strconv.Itoa(o.MaxWrite)))
 	if err != nil {
-		unix.Close(dev)
+		dev.Close()
 		return nil, nil, err
 	}
-	srv := &Server{session: s, done: make(chan struct{})}
-	// NewServer takes the descriptor over, whether it succeeds or not.
-	srv.fuse, err = fuse.NewServer(fsys, fmt.Sprintf("/dev/fd/%d", dev), o)
+	srv, err := newServer(fsys, s, fusesession.New(dev), o)
 	if err != nil {
 		m.Close()
 		return nil, nil, err
@@ -208,6 +212,50 @@ func serveDetached(fsys fuse.RawFileSystem, s *session, o *fuse.MountOptions) (*
 	}
 	return srv, m, nil
 }
+
+// newServer takes conn over, whether it succeeds or not.
+func newServer(fsys fuse.RawFileSystem, s *session, conn *fusesession.Session, o *fuse.MountOptions) (*Server, error) {
+	srv := &Server{conn: conn, session: s, done: make(chan struct{})}
+	var err error
+	if srv.fuse, err = conn.NewServer(fsys, o); err != nil {
+		conn.Close()
+		return nil, err
+	}
+	return srv, nil
+}
+
+// ResumeImage is Mount for a session that another process has mounted and
+// served: of this image, with the same Options. The server does nothing until
+// TakeOver. It takes conn over.
+func ResumeImage(conn *fusesession.Session, image *erofs.Reader, contents Contents, o Options) (*Server, error) {
+	fsys := newFileSystem(image, contents, o.filled())
+	return newServer(fsys, fsys.session, conn, fsys.opts.mountOptions(image.Header().HasACL))
+}
+
+// ResumeObjects is ServeObjects for a session that another process has served,
+// with the same objects under the same numbers. The server does nothing until
+// TakeOver. It takes conn over.
+func ResumeObjects(conn *fusesession.Session, objects Objects, o Options) (*Server, error) {
+	fsys := newObjectSystem(objects, o.filled())
+	return newServer(fsys, fsys.session, conn, fsys.opts.mountOptions(false))
+}
+
+// TakeOver makes a server of ResumeImage or ResumeObjects serve, once the
+// process before it has ended. MountID is what the server before it had. Resent is false
+// if the kernel cannot send again what that process had not answered: those
+// requests then have failed.
+func (s *Server) TakeOver(mountID int) (resent bool, err error) {
+	if resent, err = s.conn.Takeover(); err != nil {
+		return false, err
+	}
+	s.id = mountID
+	go s.serve()
+	return resent, nil
+}
+
+// Session returns what a successor of this process needs to go on serving. It
+// must not be closed.
+func (s *Server) Session() *fusesession.Session { return s.conn }
 
 // abandon ends a server whose mount nobody has seen, because of err.
 func (s *Server) abandon(m *os.File, err error) error {
@@ -234,6 +282,7 @@ func refusePoll(m *os.File) error {
 func (s *Server) serve() {
 	s.fuse.Serve()
 	s.session.stop()
+	s.conn.Close()
 	close(s.done)
 }
 
@@ -281,7 +330,7 @@ func (s *Server) Close(ctx context.Context, mountpoint string) error {
 		}
 		err = kmount.Detach(mountpoint)
 		if err != nil && os.Geteuid() != 0 {
-			err = s.fuse.Unmount()
+			err = fusermountUndo(ctx, mountpoint)
 		}
 	})
 	if err != nil {

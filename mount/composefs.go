@@ -30,41 +30,47 @@ func (m *Mount) startComposefs(path string) error {
 		return hint.Wrap(fmt.Errorf("mount %s: --backend hybrid: there is nothing to fetch for a composefs image", m.source),
 			"use --backend fuse, or mount.composefs for a mount of the kernel's")
 	}
-	objects := &objectFolders{}
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	objects, err := m.openComposefs(path, f)
+	if err != nil {
+		return err
+	}
+	m.firstBackend, m.firstReason = FUSE, m.status.BackendReason
+	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, m.fuseOptions())
+	return err
+}
+
+// openComposefs opens the image f, which has or had the name path, and the
+// folders of objects. It takes f over.
+func (m *Mount) openComposefs(path string, f *os.File) (*objectFolders, error) {
+	m.imageFile, m.objects = f, &objectFolders{}
 	for _, dir := range m.opts.Objects {
 		root, err := os.OpenRoot(dir)
 		if err != nil {
-			objects.close()
-			return fmt.Errorf("folder of objects: %w", err)
+			return nil, fmt.Errorf("folder of objects: %w", err)
 		}
-		objects.roots = append(objects.roots, root)
+		m.objects.roots = append(m.objects.roots, root)
 	}
-	digest, err := measure(path)
+	open := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	digest, err := measure(open)
 	if err != nil {
-		objects.close()
-		return err
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if want := m.opts.Digest; !want.IsZero() && digest != hexDigest(want) {
-		objects.close()
-		return hint.Wrap(fmt.Errorf("%s: its fs-verity digest is %s, --digest wants %s", path, digest, hexDigest(want)),
+		return nil, hint.Wrap(fmt.Errorf("%s: its fs-verity digest is %s, --digest wants %s", path, digest, hexDigest(want)),
 			"check which image the digest was made for")
 	}
-	if m.reader, err = erofs.OpenFile(path); err != nil {
-		objects.close()
-		return err
+	if m.reader, err = erofs.OpenFile(open); err != nil {
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	if m.opts.Verity == Require {
-		if err := objects.want(m.reader); err != nil {
-			objects.close()
-			return err
+		if err := m.objects.want(m.reader); err != nil {
+			return nil, err
 		}
 	}
-	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, m.fuseOptions())
-	if err != nil {
-		objects.close()
-		return err
-	}
-	m.objects = objects
 	m.update(func(s *Status) {
 		s.State = Complete
 		s.BackendReason = "a composefs: source; mount.composefs makes kernel mounts"
@@ -76,7 +82,7 @@ func (m *Mount) startComposefs(path string) error {
 		s.Note = "a composefs: source is served as it is"
 		s.stuck = errors.New(s.Note)
 	})
-	return nil
+	return m.objects, nil
 }
 
 // objectFolders finds objects below folders, in order, and nothing outside of

@@ -8,8 +8,11 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"os/exec"
+	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -25,9 +28,11 @@ import (
 //	GET /profile           the access profile as JSON (image.Profile)
 //	POST /swap             204 once it is swapped, 409 and the reason when it cannot be
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
+//	POST /replace?path=P   204 once the program P is ready to go on with the mount, 409 and the reason if not
 type Control struct {
 	mount *Mount
 	files Files
+	l     *net.UnixListener
 	http  *http.Server
 	done  chan struct{}
 }
@@ -43,14 +48,38 @@ func NewControl(m *Mount) (*Control, error) {
 	if err != nil {
 		return nil, hint.Wrap(fmt.Errorf("listen for other commands: %w", err), "name another folder with --runtime-dir")
 	}
-	l.(*net.UnixListener).SetUnlinkOnClose(false) // it may be a successor's by then
+	return answer(m, files, l)
+}
+
+// ResumeControl is NewControl for a mount of Resume, with the files that were
+// kept: commands that have asked meanwhile get their answer.
+func ResumeControl(m *Mount, kept map[string]*os.File) (*Control, error) {
+	f := kept[controlFile]
+	if f == nil {
+		return NewControl(m)
+	}
+	l, err := net.FileListener(f)
+	f.Close()
+	if err != nil {
+		return nil, fmt.Errorf("listen for other commands: %w", err)
+	}
+	return answer(m, FilesOf(m.opts.Runtime, m.mountpoint), l)
+}
+
+func answer(m *Mount, files Files, listener net.Listener) (*Control, error) {
+	l, ok := listener.(*net.UnixListener)
+	if !ok {
+		return nil, fmt.Errorf("listen for other commands: %s is not a socket of this machine", listener.Addr())
+	}
+	l.SetUnlinkOnClose(false) // it may be a successor's by then
 	m.update(func(s *Status) { s.Log = files.Log })
-	c := &Control{mount: m, files: files, done: make(chan struct{})}
+	c := &Control{mount: m, files: files, l: l, done: make(chan struct{})}
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /status", c.status)
 	mux.HandleFunc("GET /wait", c.wait)
 	mux.HandleFunc("GET /profile", c.profile)
 	mux.HandleFunc("POST /swap", c.swap)
+	mux.HandleFunc("POST /replace", c.replace)
 	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	if err := files.save(m.Status()); err != nil {
 		l.Close()
@@ -61,6 +90,20 @@ func NewControl(m *Mount) (*Control, error) {
 		c.http.Serve(l)
 	}()
 	return c, nil
+}
+
+// file returns a copy of the socket.
+func (c *Control) file() (*os.File, error) { return c.l.File() }
+
+// Save writes the record again.
+func (c *Control) Save() error { return c.files.save(c.mount.Status()) }
+
+// Leave stops answering, when another process goes on with the mount.
+func (c *Control) Leave(ctx context.Context) {
+	if c.http.Shutdown(ctx) != nil {
+		c.http.Close()
+	}
+	<-c.done
 }
 
 // Close stops answering. The record stays when the image is still mounted, by
@@ -125,12 +168,23 @@ func (c *Control) swap(w http.ResponseWriter, _ *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-// get asks the process that serves a mount.
-func (f Files) get(ctx context.Context, path string) (*http.Response, error) {
-	return f.request(ctx, http.MethodGet, path)
+func (c *Control) replace(w http.ResponseWriter, r *http.Request) {
+	c.mount.mu.Lock()
+	k := c.mount.keeper
+	c.mount.mu.Unlock()
+	if k == nil {
+		http.Error(w, "nothing keeps the session of this mount", http.StatusConflict)
+		return
+	}
+	if err := k.Replace(r.FormValue("path")); err != nil {
+		http.Error(w, err.Error(), http.StatusConflict)
+		return
+	}
+	w.WriteHeader(http.StatusNoContent)
 }
 
-func (f Files) request(ctx context.Context, method, path string) (*http.Response, error) {
+// ask asks the process that serves a mount.
+func (f Files) ask(ctx context.Context, method, path string) (*http.Response, error) {
 	client := http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
@@ -145,16 +199,25 @@ func (f Files) request(ctx context.Context, method, path string) (*http.Response
 	return client.Do(req)
 }
 
+// answerTime is how long a mount's process may take to answer, or its
+// successor to come up.
+const answerTime = 10 * time.Second
+
 // query asks the serving process, and where there is none the kernel.
 func (f Files) query(ctx context.Context) (Status, error) {
-	res, err := f.get(ctx, "/status")
-	if err == nil {
-		defer res.Body.Close()
-		var s Status
-		if err := json.NewDecoder(res.Body).Decode(&s); err != nil {
-			return s, fmt.Errorf("ask the process that serves the mount: %w", err)
+	limited, cancel := context.WithTimeout(ctx, answerTime)
+	defer cancel()
+	for {
+		s, err := f.askStatus(limited)
+		if err == nil {
+			return s, nil
 		}
-		return s, nil
+		// A process that dies while it is asked may have a successor; where
+		// there is none, nobody listens.
+		if limited.Err() != nil || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
+			break
+		}
+		time.Sleep(10 * time.Millisecond)
 	}
 	if ctx.Err() != nil {
 		return Status{}, ctx.Err()
@@ -169,6 +232,18 @@ func (f Files) query(ctx context.Context) (Status, error) {
 		return s, errNoMount(mountpoint)
 	}
 	return s, err
+}
+
+func (f Files) askStatus(ctx context.Context) (s Status, err error) {
+	res, err := f.ask(ctx, http.MethodGet, "/status")
+	if err != nil {
+		return s, err
+	}
+	defer res.Body.Close()
+	if err := json.NewDecoder(res.Body).Decode(&s); err != nil {
+		return s, fmt.Errorf("ask the process that serves the mount: %w", err)
+	}
+	return s, nil
 }
 
 // Query returns the status of the mount at mountpoint. It fails with
@@ -229,15 +304,20 @@ func Await(ctx context.Context, runtimeDir, mountpoint string, state State) erro
 		}
 		return fmt.Errorf("%s: state %s %w: %s", s.Mountpoint, state, ErrStuck, s.Note)
 	}
-	left := watchProcess(s.PID)
+	left := watch(s)
 	defer left.Close()
-	res, err := files.get(ctx, "/wait?for="+state.String())
+	res, err := files.ask(ctx, http.MethodGet, "/wait?for="+state.String())
 	if err != nil {
 		if ctx.Err() != nil {
 			return fmt.Errorf("%s: wait for state %s: %w", s.Mountpoint, state, ctx.Err())
 		}
-		// It has left in between; the kernel knows how far it came.
+		// It has left in between: the kernel knows how far it came, or a
+		// successor goes on.
 		if s, err = files.query(ctx); err == nil && s.State < state {
+			if s.PID != 0 {
+				time.Sleep(10 * time.Millisecond)
+				return Await(ctx, runtimeDir, mountpoint, state)
+			}
 			err = fmt.Errorf("%s: state %s %w: the process that served the mount ended", mountpoint, state, ErrStuck)
 		}
 		return err
@@ -245,6 +325,9 @@ func Await(ctx context.Context, runtimeDir, mountpoint string, state State) erro
 	defer res.Body.Close()
 	if res.StatusCode != http.StatusNoContent {
 		text, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+		if ctx.Err() == nil && res.StatusCode == http.StatusConflict && strings.TrimSpace(string(text)) == context.Canceled.Error() {
+			return Await(ctx, runtimeDir, mountpoint, state) // the process is leaving to a successor
+		}
 		return fmt.Errorf("%s: %w", s.Mountpoint, stuck(oneLine(string(text))))
 	}
 	if state == Swapped {
@@ -268,7 +351,7 @@ func SwapNow(ctx context.Context, runtimeDir, mountpoint string) error {
 	}
 	left := watchProcess(s.PID)
 	defer left.Close()
-	res, err := FilesOf(runtimeDir, s.Mountpoint).request(ctx, http.MethodPost, "/swap")
+	res, err := FilesOf(runtimeDir, s.Mountpoint).ask(ctx, http.MethodPost, "/swap")
 	if err != nil {
 		return fmt.Errorf("%s: ask the process that serves the mount to swap: %w", s.Mountpoint, err)
 	}
@@ -308,9 +391,9 @@ func Unmount(ctx context.Context, runtimeDir, mountpoint string) error {
 	case !ours(info) && !isSealedMount(info):
 		return errNoMount(abs)
 	}
-	left := process{fd: -1}
-	if s, err := files.query(ctx); err == nil && s.PID != 0 {
-		left = watchProcess(s.PID)
+	var left processes
+	if s, err := files.query(ctx); err == nil {
+		left = watch(s)
 	}
 	defer left.Close()
 	err = kmount.Unmount(abs)
@@ -337,6 +420,70 @@ func Unmount(ctx context.Context, runtimeDir, mountpoint string) error {
 		return Unmount(ctx, runtimeDir, mountpoint)
 	}
 	return nil
+}
+
+// Replace has the program at path, an absolute one, go on with the mount at
+// mountpoint in place of the process that serves it now, and returns when it
+// does. With an error, the old process goes on.
+func Replace(ctx context.Context, runtimeDir, mountpoint, path string) error {
+	before, err := Query(ctx, runtimeDir, mountpoint)
+	if err != nil {
+		return err
+	}
+	files := FilesOf(runtimeDir, before.Mountpoint)
+	if before.PID == 0 {
+		if before.State == Swapped {
+			return nil // the kernel serves it
+		}
+		return fmt.Errorf("%s: %s", before.Mountpoint, before.Note)
+	}
+	res, err := files.ask(ctx, http.MethodPost, "/replace?path="+url.QueryEscape(path))
+	if err != nil {
+		return fmt.Errorf("%s: ask the process that serves the mount: %w", before.Mountpoint, err)
+	}
+	defer res.Body.Close()
+	if res.StatusCode != http.StatusNoContent {
+		text, _ := io.ReadAll(io.LimitReader(res.Body, 64<<10))
+		return hint.Wrap(fmt.Errorf("%s: %s does not go on with the mount: %s", before.Mountpoint, path, oneLine(string(text))),
+			"process "+strconv.Itoa(before.PID)+" goes on serving; read "+before.Log)
+	}
+	for {
+		s, err := Query(ctx, runtimeDir, mountpoint)
+		if err != nil || s.PID != before.PID {
+			return err
+		}
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: %w", before.Mountpoint, ctx.Err())
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+}
+
+// processes are those of one mount, in the order in which they end.
+type processes []process
+
+func watch(s Status) (all processes) {
+	for _, pid := range []int{s.PID, s.KeeperPID} {
+		if pid != 0 {
+			all = append(all, watchProcess(pid))
+		}
+	}
+	return all
+}
+
+// wait returns when all have ended, at the latest after d.
+func (p processes) wait(d time.Duration) {
+	end := time.Now().Add(d)
+	for _, one := range p {
+		one.wait(time.Until(end))
+	}
+}
+
+func (p processes) Close() {
+	for _, one := range p {
+		one.Close()
+	}
 }
 
 // A process is watched through a descriptor, which no later process of the

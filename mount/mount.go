@@ -119,8 +119,13 @@ type Mount struct {
 	reader    *erofs.Reader
 	server    *fusefs.Server
 	objects   *objectFolders // of a composefs: source
-	reports   reports
-	started   time.Time
+	// imageFile is the image of a composefs: source, for a successor.
+	imageFile *os.File
+	// What serves until the swap, and why.
+	firstBackend Backend
+	firstReason  string
+	reports      reports
+	started      time.Time
 
 	stop     context.CancelFunc
 	run      sync.WaitGroup
@@ -128,6 +133,7 @@ type Mount struct {
 
 	mu     sync.Mutex
 	status Status
+	keeper Keeper
 	change chan struct{} // closed and replaced at each change of status
 }
 
@@ -139,19 +145,6 @@ type Mount struct {
 // image of a registry then without a request to it; Wait then returns
 // immediately.
 func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount, err error) {
-	if o.Logger == nil {
-		o.Logger = slog.New(slog.DiscardHandler)
-	}
-	if o.Swap == "" {
-		o.Swap = Auto
-	}
-	if o.Verity == "" {
-		o.Verity = Try
-	}
-	if o.Backend == "" {
-		o.Backend = AutoBackend
-	}
-	o.Source.Metrics, o.Source.Logger = o.Metrics, o.Logger
 	if source, err = absoluteSource(source); err != nil {
 		return nil, err
 	}
@@ -171,12 +164,8 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if err := checkMountpoint(abs, o.Runtime); err != nil {
 		return nil, err
 	}
-	m := &Mount{
-		opts: o, log: o.Logger.With("source", source, "mountpoint", abs),
-		mountpoint: abs, source: source, started: time.Now(),
-		change: make(chan struct{}),
-	}
-	m.status = Status{Source: source, Mountpoint: abs, Root: o.Root, PID: os.Getpid(), Backend: string(FUSE), Verity: "none yet"}
+	m := newMount(source, abs, o)
+	o = m.opts
 	defer func() {
 		if err != nil {
 			m.release()
@@ -213,11 +202,39 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if err = m.serve(); err != nil {
 		return nil, err
 	}
+	m.startConductor()
+	return m, nil
+}
+
+// newMount fills in what the options leave out.
+func newMount(source, mountpoint string, o Options) *Mount {
+	if o.Logger == nil {
+		o.Logger = slog.New(slog.DiscardHandler)
+	}
+	if o.Swap == "" {
+		o.Swap = Auto
+	}
+	if o.Verity == "" {
+		o.Verity = Try
+	}
+	if o.Backend == "" {
+		o.Backend = AutoBackend
+	}
+	o.Source.Metrics, o.Source.Logger = o.Metrics, o.Logger
+	m := &Mount{
+		opts: o, log: o.Logger.With("source", source, "mountpoint", mountpoint),
+		mountpoint: mountpoint, source: source, started: time.Now(),
+		change: make(chan struct{}),
+	}
+	m.status = Status{Source: source, Mountpoint: mountpoint, Root: o.Root, PID: os.Getpid(), Backend: string(FUSE), Verity: "none yet"}
+	return m
+}
+
+func (m *Mount) startConductor() {
 	bg, stop := context.WithCancel(context.Background())
 	m.stop = stop
 	m.run.Go(func() { m.conduct(bg) })
 	m.run.Go(func() { m.keepProfile(bg) })
-	return m, nil
 }
 
 // serve starts the fetcher and mounts the image by FUSE or as a hybrid.
@@ -232,7 +249,6 @@ func (m *Mount) serve() error {
 	}
 	contents := &lazyContents{m.image.index, m.contents, m.spare, m.fetch, m.record}
 	o := m.fuseOptions()
-	o.OnRequests = m.trim
 	if hybrid {
 		err = m.serveHybrid(contents, o)
 		if err != nil && m.opts.Backend == AutoBackend {
@@ -244,10 +260,11 @@ func (m *Mount) serve() error {
 	} else if err != nil {
 		return fmt.Errorf("mount at %s: %w", m.mountpoint, err)
 	}
-	m.status.BackendReason = why
+	m.firstBackend, m.firstReason = FUSE, why
 	if hybrid {
-		m.status.Backend = string(Hybrid)
+		m.firstBackend = Hybrid
 	}
+	m.status.Backend, m.status.BackendReason = string(m.firstBackend), why
 	if err == nil {
 		m.trim() // of what was read once to mount it
 	}
@@ -270,7 +287,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 func (m *Mount) fuseOptions() fusefs.Options {
 	return fusefs.Options{
 		Source: m.source, Attributes: m.opts.Attributes, AllowOther: m.opts.AllowOther,
-		Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
+		Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError, OnRequests: m.trim,
 	}
 }
 
@@ -474,6 +491,9 @@ func (m *Mount) release() {
 		}
 		if m.objects != nil {
 			m.objects.close()
+		}
+		if m.imageFile != nil {
+			m.imageFile.Close()
 		}
 		if m.image != nil {
 			m.image.close()

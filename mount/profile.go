@@ -334,7 +334,7 @@ func exportMounted(ctx context.Context, runtime, name string) (raw []byte, ok bo
 	if err != nil {
 		return nil, false, err
 	}
-	res, err := FilesOf(runtime, s.Mountpoint).get(ctx, "/profile")
+	res, err := FilesOf(runtime, s.Mountpoint).ask(ctx, http.MethodGet, "/profile")
 	if err == nil {
 		defer res.Body.Close()
 		raw, err := io.ReadAll(io.LimitReader(res.Body, image.MaxProfileSize))

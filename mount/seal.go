@@ -356,3 +356,18 @@ func (m *Mount) setSealed(rec sealedRecord) {
 		}
 	})
 }
+
+// noteDigest has the status show the digest of the sealed image, which another
+// process has mounted.
+func (m *Mount) noteDigest() {
+	var rec sealedRecord
+	data, err := os.ReadFile(m.image.path(recordName))
+	if err == nil {
+		err = json.Unmarshal(data, &rec)
+	}
+	if err != nil {
+		m.log.Warn("the record of the sealed image cannot be read", "error", err)
+		return
+	}
+	m.update(func(s *Status) { s.ComposefsDigest = rec.Composefs.String() })
+}

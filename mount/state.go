@@ -72,6 +72,12 @@ type Status struct {
 	// StoreNote says that nothing can be stored, and why, while that is so.
 	StoreNote string `json:"store_note,omitempty"`
 	PID       int    `json:"pid,omitempty"` // of the process that serves, 0 when none
+	// Keeper is what keeps the session should that process die ("holder",
+	// "systemd", "" for nothing), KeeperPID its process (0: none of its own),
+	// Restarts how many processes have served the mount before this one.
+	Keeper    string `json:"keeper,omitempty"`
+	KeeperPID int    `json:"keeper_pid,omitempty"`
+	Restarts  int    `json:"restarts"`
 	Root      string `json:"root,omitempty"`
 	Log       string `json:"log,omitempty"`
 
@@ -81,8 +87,11 @@ type Status struct {
 // Status returns what is known now.
 func (m *Mount) Status() Status {
 	m.mu.Lock()
-	s := m.status
+	s, keeper := m.status, m.keeper
 	m.mu.Unlock()
+	if keeper != nil {
+		s.Keeper, s.KeeperPID = keeper.Name()
+	}
 	if m.contents != nil {
 		p := m.contents.Progress()
 		s.Files, s.FilesLocal, s.Bytes, s.BytesLocal = p.Files, p.FilesLocal, p.Bytes, p.BytesLocal

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -79,6 +80,15 @@ func (m *Mount) mountSealed(rec sealedRecord) (bool, error) {
 	}
 	m.swapped(verity)
 	return true, nil
+}
+
+// verityOf says what fs-verity does for a sealed mount that another process has
+// made.
+func verityOf(i kmount.Info) string {
+	if slices.Contains(strings.Split(i.Options, ","), "verity=require") {
+		return "enforced"
+	}
+	return "not enforced (the process that swapped has not said why)"
 }
 
 func (m *Mount) swapped(verity string) {

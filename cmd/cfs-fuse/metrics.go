@@ -58,6 +58,9 @@ func (s *metricsServer) observe(m *mount.Mount, to *metrics.Metrics) {
 
 // Close ends the server, letting a scrape under way finish for a second.
 func (s *metricsServer) Close() {
+	if s == nil {
+		return
+	}
 	ctx, cancel := context.WithTimeout(context.Background(), time.Second)
 	defer cancel()
 	if s.http.Shutdown(ctx) != nil {

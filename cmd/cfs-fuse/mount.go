@@ -33,7 +33,11 @@ SOURCE is one of
 
 Layers must be eStargz or zstd:chunked. A tag that the store knows is not asked
 for again (--pull always does). An image that the store has sealed is mounted
-by the kernel at once, without its registry.`
+by the kernel at once, without its registry.
+
+Should that process die, another one goes on where it was, and programs see a
+pause. With --foreground this is so under systemd only, if the unit has
+FileDescriptorStoreMax= and Restart=.`
 
 const mountExample = `  # look inside an image
   cfs-fuse mount registry.example.com/debian:12 /mnt
@@ -157,14 +161,21 @@ func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint stri
 	if err := f.check(g); err != nil {
 		return err
 	}
+	before, err := findSession(f.foreground, f.opts.Logger)
+	if err != nil {
+		return err
+	}
 	ready := readyPipe()
-	if !f.foreground && ready == nil {
+	if !f.foreground && ready == nil && !before.resumes() {
 		if err := checkSource(source, f.opts.Source); err != nil {
 			return err
 		}
 		return background(ctx, f.opts.Runtime, mountpoint)
 	}
-	err := f.serve(ctx, source, mountpoint, ready)
+	err = f.serve(ctx, source, mountpoint, ready, before)
+	if before.resumes() && err != nil {
+		f.opts.Logger.Error("the mount cannot be continued", "error", err)
+	}
 	ready.report(err)
 	if ready != nil {
 		return nil // the foreground command has said it
@@ -188,26 +199,41 @@ func checkSource(source string, o fetcher.Options) error {
 // stopTime is how long a mount that is told to end waits for open files.
 const stopTime = 10 * time.Second
 
-// serve mounts and stays until nothing is left to do or ctx ends.
-func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready *readiness) error {
+// leaveTime is how long a process that is replaced has to come to a good end
+// of what it does in the background.
+const leaveTime = 2 * time.Second
+
+// serve mounts, or goes on with a mount, and stays until nothing is left to do,
+// ctx ends, or a successor is ready.
+func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready *readiness, before *session) error {
 	limitHeap(int64(f.memory))
 	reg := prometheus.NewRegistry()
 	f.opts.Metrics = metrics.New(reg)
-	var endpoint *metricsServer
 	if f.metricsAddr != "" {
 		reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
-		var err error
-		if endpoint, err = listenMetrics(f.metricsAddr, reg); err != nil {
-			return hint.Wrap(err, "name a free address with --metrics")
-		}
-		defer endpoint.Close()
 	}
-	m, err := mount.Start(ctx, source, mountpoint, f.opts)
+	var m *mount.Mount
+	var control *mount.Control
+	var err error
+	if before.resumes() {
+		m, control, err = before.resume(source, mountpoint, f.opts)
+	} else {
+		m, err = mount.Start(ctx, source, mountpoint, f.opts)
+	}
 	if err != nil {
 		return err
 	}
-	endpoint.observe(m, f.opts.Metrics)
-	control, err := mount.NewControl(m)
+	endpoint, err := f.listen(reg, before.resumes())
+	if err == nil {
+		defer endpoint.Close()
+		endpoint.observe(m, f.opts.Metrics)
+		if control == nil {
+			control, err = mount.NewControl(m)
+		}
+	}
+	if err == nil {
+		err = before.keep(m, control, mountpoint)
+	}
 	if err == nil {
 		ready.report(nil)
 		served := make(chan struct{})
@@ -218,13 +244,34 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 		select {
 		case <-served:
 		case <-ctx.Done():
+		case <-before.leave():
+			end, cancel := context.WithTimeout(context.Background(), leaveTime)
+			defer cancel()
+			m.Leave(end)
+			control.Leave(end)
+			return nil
 		}
 	}
 	end, cancel := context.WithTimeout(context.Background(), stopTime)
 	defer cancel()
 	err = errors.Join(err, m.Close(end))
+	before.over()
 	if control != nil {
 		control.Close()
 	}
 	return err
+}
+
+// listen serves the metrics, if that is wanted. A successor does without
+// rather than not to serve the mount.
+func (f *mountFlags) listen(reg *prometheus.Registry, resumed bool) (*metricsServer, error) {
+	if f.metricsAddr == "" {
+		return nil, nil
+	}
+	endpoint, err := listenMetrics(f.metricsAddr, reg)
+	if err != nil && resumed {
+		f.opts.Logger.Warn("metrics are not served", "error", err)
+		return nil, nil
+	}
+	return endpoint, hint.Wrap(err, "name a free address with --metrics")
 }

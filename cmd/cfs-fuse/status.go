@@ -87,6 +87,15 @@ func printStatus(out io.Writer, s mount.Status) error {
 	default:
 		row("backend", "%s (process %d)%s", s.Backend, s.PID, reason)
 	}
+	switch {
+	case s.PID == 0:
+	case s.Keeper == "":
+		row("session", "ends with its process")
+	case s.KeeperPID == 0:
+		row("session", "kept by %s, restarted %d times", s.Keeper, s.Restarts)
+	default:
+		row("session", "kept by its %s (process %d), restarted %d times", s.Keeper, s.KeeperPID, s.Restarts)
+	}
 	if s.Files > 0 {
 		row("local", "%d of %d files, %s of %s", s.FilesLocal, s.Files, size(s.BytesLocal), size(s.Bytes))
 	}

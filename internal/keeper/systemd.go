@@ -1,0 +1,145 @@
+package keeper
+
+import (
+	"fmt"
+	"net"
+	"os"
+	"strconv"
+	"strings"
+
+	"github.com/coreos/go-systemd/v22/activation"
+	"golang.org/x/sys/unix"
+)
+
+// A Store is systemd's descriptor store of the service that this process is
+// (sd_notify(3), FDSTORE=1). It is used when the unit has
+// FileDescriptorStoreMax=, which systemd 254 and later say by $FDSTORE; for
+// older ones the unit can say it with Environment=FDSTORE=4.
+//
+// Descriptors have the names of Kept.Files, after storePrefix; a memory file
+// of one more name has the state, after the number of restarts and a newline.
+type Store struct {
+	socket string
+	names  []string
+}
+
+const (
+	storePrefix = "cfs-fuse-"
+	stateName   = storePrefix + "state"
+)
+
+// FromSystemd returns the store, nil when there is none, and what an earlier
+// process of the service has put there, nil when nothing.
+func FromSystemd() (*Store, *Kept, error) {
+	socket := os.Getenv("NOTIFY_SOCKET")
+	n, err := strconv.Atoi(os.Getenv("FDSTORE"))
+	if socket == "" || err != nil || n <= 0 {
+		return nil, nil, nil
+	}
+	s := &Store{socket: socket}
+	k := &Kept{Files: map[string]*os.File{}}
+	var state *os.File
+	for name, files := range activation.FilesWithNames() { // and takes $LISTEN_FDS away
+		rest, ours := strings.CutPrefix(name, storePrefix)
+		for i, f := range files {
+			switch {
+			case !ours || i > 0: // of each name there is one
+				f.Close()
+			case name == stateName:
+				state = f
+			default:
+				k.Files[rest] = f
+				s.names = append(s.names, name)
+			}
+		}
+	}
+	if state == nil {
+		k.Close()
+		return s, nil, nil
+	}
+	defer state.Close()
+	s.names = append(s.names, stateName)
+	data := make([]byte, maxMessage)
+	m, err := state.ReadAt(data, 0)
+	line, rest, ok := strings.Cut(string(data[:m]), "\n")
+	if !ok {
+		k.Close()
+		return s, nil, fmt.Errorf("the state in systemd's descriptor store: %w", err)
+	}
+	if k.Restarts, err = strconv.Atoi(line); err != nil {
+		k.Close()
+		return s, nil, fmt.Errorf("the state in systemd's descriptor store: %w", err)
+	}
+	k.State = []byte(rest)
+	k.Restarts++
+	return s, k, nil
+}
+
+// Keep puts what a successor needs in the store, in place of what is there. A
+// nil error promises that systemd was told; it does not answer.
+func (s *Store) Keep(k Kept) error {
+	fd, err := unix.MemfdCreate("cfs-fuse-state", unix.MFD_CLOEXEC)
+	if err != nil {
+		return fmt.Errorf("memfd_create: %w", err)
+	}
+	state := os.NewFile(uintptr(fd), "state")
+	defer state.Close()
+	if _, err := fmt.Fprintf(state, "%d\n%s", k.Restarts, k.State); err != nil {
+		return err
+	}
+	if err := s.remove(); err != nil {
+		return err
+	}
+	for name, f := range k.Files {
+		if err := s.add(storePrefix+name, f); err != nil {
+			return err
+		}
+	}
+	return s.add(stateName, state) // last: what is there with it is whole
+}
+
+func (s *Store) add(name string, f *os.File) error {
+	fd, err := duplicate(f)
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
+	s.names = append(s.names, name)
+	return s.notify("FDSTORE=1\nFDNAME="+name, fd)
+}
+
+func (s *Store) remove() error {
+	for len(s.names) > 0 {
+		name := s.names[len(s.names)-1]
+		if err := s.notify("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
+			return err
+		}
+		s.names = s.names[:len(s.names)-1]
+	}
+	return nil
+}
+
+// Over takes everything out of the store.
+func (s *Store) Over() error { return s.remove() }
+
+// Ready tells systemd that the service is up.
+func (s *Store) Ready() error { return s.notify("READY=1") }
+
+// notify sends a message as sd_pid_notify_with_fds(3) does, which the systemd
+// library for Go has without descriptors only.
+func (s *Store) notify(text string, fds ...int) error {
+	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: s.socket, Net: "unixgram"})
+	if err != nil {
+		return fmt.Errorf("tell systemd: %w", err)
+	}
+	defer c.Close()
+	var oob []byte
+	if len(fds) > 0 {
+		oob = unix.UnixRights(fds...)
+	}
+	// On a connected socket WriteMsgUnix takes no address.
+	if _, _, err := c.WriteMsgUnix([]byte(text), oob, nil); err != nil {
+		return fmt.Errorf("tell systemd: %w", err)
+	}
+	return nil
+}
