@@ -80,7 +80,7 @@ const FSType = "fuse.cfs-fuse"
 
 // A Server serves one image or set of objects.
 type Server struct {
-	fuse    *fuse.Server
+	fuse    *fusesession.Server
 	conn    *fusesession.Session
 	session *session
 	done    chan struct{}
@@ -280,8 +280,7 @@ func refusePoll(m *os.File) error {
 }
 
 func (s *Server) serve() {
-	s.fuse.Serve()
-	s.session.stop()
+	s.fuse.Serve(s.session.stop)
 	s.conn.Close()
 	close(s.done)
 }

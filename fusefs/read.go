@@ -12,6 +12,7 @@ import (
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
+	"github.com/cfs-fuse/cfs-fuse/internal/fusesession"
 	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
@@ -45,7 +46,7 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 		return nil, f.fail(ino.NID, object, err)
 	}
 	f.answered(source, start)
-	return fuse.ReadResultData(buf), fuse.OK
+	return fusesession.InPlace(len(buf)), fuse.OK
 }
 
 // A request is the context of one read: it ends with the mount, and when the

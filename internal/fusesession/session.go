@@ -5,22 +5,24 @@
 // ten processes old. Who keeps the descriptor meanwhile is its callers'
 // business (package keeper).
 //
-// The kernel sends INIT once in the life of a connection, and go-fuse begins
-// with reading it. So INIT always passes through here:
+// The kernel sends INIT once in the life of a connection, and go-fuse's Server
+// begins with reading it. go-fuse's ProtocolServer, made for virtiofs, takes
+// requests as bytes from wherever they come. So this package reads and writes
+// /dev/fuse itself (server.go), and go-fuse parses, dispatches and formats:
 //
-//	new session    kernel ── INIT ──► Session ── socketpair ──► go-fuse
-//	                 ▲                   │ ◄──────── reply ────────┘
-//	                 └───── reply ───────┘  both are kept: Params
-//	successor      Params ── INIT, as it was agreed ──► go-fuse
-//	                     ◄── reply: must be what was agreed ──
+//	new session    kernel ── INIT ──► ProtocolServer ── reply ──► kernel
+//	                          both are kept: Params
+//	successor      Params ── INIT, as it was agreed ──► ProtocolServer
+//	                      reply: must be what was agreed; the kernel gets none
 //
-// and then dup3(2) puts /dev/fuse in the place of go-fuse's end of the
-// socketpair, under the number that go-fuse knows. This is safe because
-// fuse.NewServer reads and answers INIT in the calling goroutine and starts no
-// other before Serve (documented in go-fuse's Server.handleInit; the test
-// TestTakeover fails should that change): nobody is inside read(2) on the
-// descriptor that is replaced. From then on go-fuse reads, writes and splices
-// /dev/fuse itself; this package costs nothing per request.
+// The other way, go-fuse's Server on a socketpair that dup3(2) replaces by
+// /dev/fuse once INIT is answered, works too and costs nothing, but has a hole
+// that was seen at one kill in ten of an idle server on a busy machine: a thread
+// that is being killed still takes a request that came with the kill off the
+// queue (wait_event_interruptible looks at the condition first), and then
+// fails to copy it into a page that was never touched, as page faults of a
+// dying thread fail. The request is lost, its program gets EIO. Here requests are read into
+// pages that are present.
 //
 // What the kernel remembers of a session stays as the first server made it:
 // protocol version, flags, sizes, and operations that were answered with
@@ -30,8 +32,7 @@
 // Requests that a process had read when it died are still with the kernel,
 // which waits for their answers. Takeover makes it send them again
 // (FUSE_NOTIFY_RESEND, Linux 6.9; linux/fuse.h), with the same ID but for its
-// topmost bit. Older kernels cannot: Takeover then answers them with an error,
-// so that no program hangs (see there).
+// topmost bit. Older kernels cannot: see Takeover.
 package fusesession
 
 import (
@@ -86,7 +87,7 @@ func (s *Session) Params() Params { return s.params }
 // Resumed reports whether another process has served the session before.
 func (s *Session) Resumed() bool { return s.resumed }
 
-// Close closes the descriptor. A server made by NewServer has its own.
+// Close closes the descriptor, after the server's end.
 func (s *Session) Close() error { return s.dev.Close() }
 
 // Over reports whether the kernel has let go of the connection: what it was
@@ -97,15 +98,14 @@ func Over(dev *os.File) bool {
 	return err == nil && n == 1 && fds[0].Revents&unix.POLLERR != 0 // fuse_dev_poll in the kernel's fs/fuse/dev.c
 }
 
-// NewServer returns a go-fuse server of the session that has not begun to
-// read requests. Its Init is called before the kernel has the answer to INIT.
-// The rest of a new session is answered once Serve is called; in a resumed one
-// Takeover has to be called first.
+// NewServer returns a server of the session that has not begun to read
+// requests. The Init of fs is not called. The rest of a new session is answered once
+// Serve is called; in a resumed one Takeover has to be called first. Files
+// cannot be written: the kernel is told to send at most a page at once.
 //
 // It fails, with the session untouched, when fs and o would have agreed with
 // the kernel on something else than a resumed session has.
-func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*fuse.Server, error) {
-	opts := *o
+func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*Server, error) {
 	request := s.params.Request
 	var was *fuse.InitOut
 	if s.resumed {
@@ -114,10 +114,8 @@ func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*fuse.
 			return nil, err
 		}
 		request = offer(request, was.Flags64())
-		// go-fuse's buffers must hold what the kernel may send.
-		opts.MaxWrite = int(was.MaxWrite)
 	} else {
-		buf := make([]byte, minReadBuffer)
+		buf := make([]byte, readBuffer)
 		n, err := retry(func() (int, error) { return unix.Read(int(s.dev.Fd()), buf) })
 		if err != nil {
 			return nil, fmt.Errorf("read the kernel's INIT: %w", err)
@@ -127,29 +125,27 @@ func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*fuse.
 			return nil, err
 		}
 	}
-	srv, number, reply, err := exchange(fs, &opts, request)
+	srv, err := newServer(s.dev, fs, o)
 	if err != nil {
 		return nil, err
 	}
-	out, err := parseReply(reply)
-	switch {
-	case err != nil:
-	case was != nil:
-		err = same(was, out)
-	default:
-		if _, err = unix.Write(int(s.dev.Fd()), reply); err != nil {
+	reply := make([]byte, sizeOutHeader+sizeInitOut)
+	n, status := srv.protocol.HandleRequest([][]byte{request}, [][]byte{reply})
+	if !status.Ok() {
+		n = 0 // parseReply says it
+	}
+	out, err := parseReply(reply[:n])
+	if err == nil {
+		binary.NativeEndian.PutUint32(reply[offMaxWrite:], maxWrite)
+		out.MaxWrite = maxWrite
+		if was != nil {
+			err = same(was, out)
+		} else if _, err = unix.Write(int(s.dev.Fd()), reply); err != nil {
 			err = fmt.Errorf("answer the kernel's INIT: %w", err)
 		}
 	}
-	if err == nil {
-		if err = unix.Dup3(int(s.dev.Fd()), number, unix.O_CLOEXEC); err != nil {
-			err = fmt.Errorf("give the session to go-fuse: %w", err)
-		}
-	}
 	if err != nil {
-		// The server's descriptor is a socket whose other end is closed, so
-		// that this ends at once, and closes it.
-		srv.Serve()
+		srv.close()
 		return nil, err
 	}
 	if !s.resumed {
@@ -158,34 +154,13 @@ func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*fuse.
 	return srv, nil
 }
 
-// exchange lets go-fuse answer an INIT over a socketpair, and returns the
-// number of the descriptor that go-fuse will read and write.
-func exchange(fs fuse.RawFileSystem, o *fuse.MountOptions, request []byte) (*fuse.Server, int, []byte, error) {
-	pair, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_SEQPACKET|unix.SOCK_CLOEXEC, 0)
-	if err != nil {
-		return nil, 0, nil, fmt.Errorf("socketpair: %w", err)
-	}
-	theirs, ours := pair[0], pair[1]
-	defer unix.Close(ours)
-	if _, err := unix.Write(ours, request); err != nil {
-		unix.Close(theirs)
-		return nil, 0, nil, fmt.Errorf("pass INIT on: %w", err)
-	}
-	// NewServer takes the descriptor over, whether it succeeds or not.
-	srv, err := fuse.NewServer(fs, fmt.Sprintf("/dev/fd/%d", theirs), o)
-	if err != nil {
-		return nil, 0, nil, err
-	}
-	reply := make([]byte, minReadBuffer)
-	n, _, err := unix.Recvfrom(ours, reply, unix.MSG_DONTWAIT)
-	if err != nil {
-		n = 0 // parseReply says it
-	}
-	return srv, theirs, reply[:n], nil
-}
-
-// minReadBuffer is FUSE_MIN_READ_BUFFER of linux/fuse.h, in bytes.
-const minReadBuffer = 8192
+// readBuffer is FUSE_MIN_READ_BUFFER of linux/fuse.h, in bytes: enough for
+// every request if none writes more than maxWrite, which is the least that the
+// kernel takes (process_init_reply in its fs/fuse/inode.c).
+const (
+	readBuffer = 8192
+	maxWrite   = 4096
+)
 
 // opInit is FUSE_INIT of linux/fuse.h.
 const opInit = 26
@@ -199,6 +174,8 @@ const (
 	sizeOldInitIn = sizeInHeader + 16
 	// where the flags are in an INIT request
 	offFlags, offFlags2 = sizeInHeader + 12, sizeInHeader + 16
+	// where max_write is in its answer
+	offMaxWrite = sizeOutHeader + 20
 )
 
 func checkRequest(b []byte) error {

@@ -74,7 +74,7 @@ func serve(mode string) error {
 	if err := json.NewEncoder(os.Stdout).Encode(s.Params()); err != nil {
 		return err
 	}
-	srv.Serve()
+	srv.Serve(func() {})
 	return nil
 }
 
