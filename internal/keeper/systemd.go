@@ -2,7 +2,6 @@ package keeper
 
 import (
 	"fmt"
-	"net"
 	"os"
 	"strconv"
 	"strings"
@@ -128,17 +127,16 @@ func (s *Store) Ready() error { return s.notify("READY=1") }
 // notify sends a message as sd_pid_notify_with_fds(3) does, which the systemd
 // library for Go has without descriptors only.
 func (s *Store) notify(text string, fds ...int) error {
-	c, err := net.DialUnix("unixgram", nil, &net.UnixAddr{Name: s.socket, Net: "unixgram"})
+	c, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("tell systemd: %w", err)
 	}
-	defer c.Close()
+	defer unix.Close(c)
 	var oob []byte
 	if len(fds) > 0 {
 		oob = unix.UnixRights(fds...)
 	}
-	// On a connected socket WriteMsgUnix takes no address.
-	if _, _, err := c.WriteMsgUnix([]byte(text), oob, nil); err != nil {
+	if err := unix.Sendmsg(c, []byte(text), oob, &unix.SockaddrUnix{Name: s.socket}, unix.MSG_NOSIGNAL); err != nil {
 		return fmt.Errorf("tell systemd: %w", err)
 	}
 	return nil
