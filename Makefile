@@ -15,7 +15,7 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power bench-start bench-fs soak-hybrid
+.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power bench-start bench-fs soak-hybrid soak-restart
 
 all: build
 
@@ -116,6 +116,9 @@ bench-fs: build
 ## soak-hybrid 100 images filled under eight readers, on live hybrid mounts (root)
 soak-hybrid:
 	CFS_FUSE_FILLS=100 $(GO) test -timeout 30m -count 1 -v -run TestHybridFillsUnderReaders ./mount
+## soak-restart  1,000 servers killed under eight readers, and 200 of hybrids (root, 10 minutes)
+soak-restart: build
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) CFS_FUSE_E2E_RESTARTS=1000 $(GO) test -timeout 40m -count 1 -v -run TestKilledUnderReaders ./e2e
 
 ## clean   remove what was built here
 clean:

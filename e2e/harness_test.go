@@ -242,6 +242,26 @@ func eventually(t testing.TB, limit time.Duration, what string, ok func() bool) 
 	}
 }
 
+// killAll kills the process that serves a mount and the one that would start
+// another.
+func (b *bench) killAll(point string) {
+	b.t.Helper()
+	s := b.status(point)
+	if s.KeeperPID == 0 {
+		b.t.Fatalf("nothing keeps the session of %s: %+v", point, s)
+	}
+	// Stopped, it cannot start another holder.
+	for _, kill := range []struct {
+		pid int
+		sig unix.Signal
+	}{{s.PID, unix.SIGSTOP}, {s.KeeperPID, unix.SIGKILL}, {s.PID, unix.SIGKILL}} {
+		if err := unix.Kill(kill.pid, kill.sig); err != nil {
+			b.t.Fatalf("kill %d: %v", kill.pid, err)
+		}
+	}
+	eventually(b.t, 10*time.Second, "the killed processes are gone", func() bool { return ended(s.PID) && ended(s.KeeperPID) })
+}
+
 // processesOf returns the processes of this run's binary that have path in
 // their arguments.
 func processesOf(t testing.TB, path string) []int {

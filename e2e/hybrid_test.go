@@ -15,7 +15,7 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/internal/treediff"
 )
 
-// When the process behind a hybrid mount dies, what is whole goes on being
+// When the process behind a hybrid mount and its holder die, what is whole goes on being
 // read and everything can be listed; what is not whole gives an error, at
 // once. Status says so, umount works, and so does mount over it.
 func TestHybridDies(t *testing.T) {
@@ -37,11 +37,7 @@ func TestHybridDies(t *testing.T) {
 	}
 	kill := func() {
 		t.Helper()
-		pid := b.status(point).PID
-		if err := unix.Kill(pid, unix.SIGKILL); err != nil {
-			t.Fatalf("kill %d: %v", pid, err)
-		}
-		eventually(t, 10*time.Second, "the killed process is gone", func() bool { return ended(pid) })
+		b.killAll(point)
 	}
 	if err := read(whole); err != nil {
 		t.Fatal(err)

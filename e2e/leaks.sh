@@ -6,8 +6,10 @@ snapshot() {
 	awk '{ print "mount " $5 }' /proc/self/mountinfo
 	losetup -a | sed 's/^/loop device /'
 	for p in /proc/[0-9]*; do
-		case $(cat "$p/comm" 2>/dev/null) in
-		cfs-fuse* | docker-registry | nginx | fusermount* | qemu-system* | *.test) echo "process ${p#/proc/} $(cat "$p/comm" 2>/dev/null)" ;;
+		# By the program's file: what is started through /proc/self/exe is called exe.
+		exe=$(readlink "$p/exe" 2>/dev/null) && exe=${exe##*/}
+		case ${exe% (deleted)} in
+		cfs-fuse* | docker-registry | nginx | fusermount* | qemu-system* | *.test) echo "process ${p#/proc/} $exe" ;;
 		esac
 	done
 }

@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/e2e/images"
+	"github.com/cfs-fuse/cfs-fuse/internal/treediff"
 )
 
 // An image of two halves: 'near', which readers read all the time, and 'far',
@@ -244,4 +245,101 @@ func forgetNames(point string) error {
 	}
 	defer unix.Close(ctx)
 	return errors.Join(unix.FsconfigSetFlag(ctx, "ro"), unix.FsconfigReconfigure(ctx))
+}
+
+// Kills at any point of a mount's life, the swap among them, leave one mount
+// in the end, and that the kernel's.
+func TestKilledOnTheWay(t *testing.T) {
+	const rounds = 8
+	for i := range rounds {
+		b := newBench(t)
+		b.backend = []string{fuseBackend, hybridBackend}[i%2]
+		point := b.mount("oci:" + set.Layout(images.EStargz) + ":" + images.Small)
+		s := b.status(point)
+		time.Sleep(time.Duration(i/2) * 80 * time.Millisecond)
+		unix.Kill(s.PID, unix.SIGKILL) // unless it has left
+		b.waitFor("swapped", point)
+		isKernel(t, point)
+		sameTree(t, set.Reference(images.Small), point, treediff.Options{})
+		if t.Failed() {
+			t.Fatalf("killed in state %s, %v after it", s.State, time.Duration(i/2)*80*time.Millisecond)
+		}
+	}
+}
+
+// A server whose holder dies starts another, which does the same.
+func TestHolderKilled(t *testing.T) {
+	b := newBench(t)
+	b.backend = fuseBackend
+	point := b.mount("oci:"+set.Layout(images.EStargz)+":"+images.Small, "--swap", "never")
+	before := b.status(point)
+	if err := unix.Kill(before.KeeperPID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "another holder", func() bool { return b.status(point).KeeperPID != before.KeeperPID })
+	time.Sleep(200 * time.Millisecond) // it has been given everything
+	if err := unix.Kill(before.PID, unix.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, 10*time.Second, "a successor", func() bool { s := b.status(point); return s.PID != 0 && s.PID != before.PID })
+	sameTree(t, set.Reference(images.Small), point, treediff.Options{})
+	if s := b.status(point); s.Restarts != 1 || s.Keeper != "holder" {
+		t.Errorf("status: %+v", s)
+	}
+	b.must("umount", point)
+	noProcess(t, point)
+}
+
+// 'upgrade' has another program go on under load, holder included; a program
+// that cannot changes nothing.
+func TestUpgrade(t *testing.T) {
+	b := newBench(t)
+	b.backend = fuseBackend
+	point := b.mount("oci:"+set.Layout(images.EStargz)+":"+images.Small, "--swap", "never")
+	next := filepath.Join(runDir, "cfs-fuse-next")
+	text, err := os.ReadFile(binary)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(next, text, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv(coldEnv, "1")
+	var workers []*running
+	for _, kind := range []string{loadWorker, holdWorker} {
+		w := startWorker(t, kind, point, set.Reference(images.Small))
+		workers = append(workers, w)
+		if err := w.ready(); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := b.status(point)
+	b.refused(1, []string{"/bin/false", strconv.Itoa(before.PID) + " goes on"}, "upgrade", "--program", "/bin/false", point)
+	if s := b.status(point); s.PID != before.PID || s.Restarts != 0 {
+		t.Errorf("after an upgrade to nothing: %+v", s)
+	}
+	for i, program := range []string{next, binary, next, binary} {
+		b.must("upgrade", "--program", program)
+		s := b.status(point)
+		if s.PID == before.PID || s.Restarts != i+1 {
+			t.Errorf("upgrade %d: before %+v, after %+v", i, before, s)
+		}
+		for what, pid := range map[string]int{"server": s.PID, "holder": s.KeeperPID} {
+			if exe, err := os.Readlink(fmt.Sprintf("/proc/%d/exe", pid)); exe != program {
+				t.Errorf("upgrade %d: the %s runs %s (%v), want %s", i, what, exe, err, program)
+			}
+		}
+		before = s
+	}
+	for _, w := range workers {
+		r, err := w.stop()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if r.Wrong > 0 {
+			t.Errorf("%s worker: %d of %d operations failed or were wrong: %q", w.kind, r.Wrong, r.Ops, r.Errors)
+		}
+	}
+	b.must("umount", point)
+	noProcess(t, point)
 }
