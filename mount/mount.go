@@ -285,10 +285,14 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 }
 
 func (m *Mount) fuseOptions() fusefs.Options {
-	return fusefs.Options{
+	o := fusefs.Options{
 		Source: m.source, Attributes: m.opts.Attributes, AllowOther: m.opts.AllowOther,
-		Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError, OnRequests: m.trim,
+		Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
 	}
+	if m.image != nil {
+		o.OnRequests = m.trim
+	}
+	return o
 }
 
 // absoluteSource makes the path of a local source absolute: it is what the
