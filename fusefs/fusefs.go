@@ -241,16 +241,14 @@ func ResumeObjects(conn *fusesession.Session, objects Objects, o Options) (*Serv
 }
 
 // TakeOver makes a server of ResumeImage or ResumeObjects serve, once the
-// process before it has ended. MountID is what the server before it had. Resent is false
-// if the kernel cannot send again what that process had not answered: those
-// requests then have failed.
-func (s *Server) TakeOver(mountID int) (resent bool, err error) {
-	if resent, err = s.conn.Takeover(); err != nil {
-		return false, err
+// process before it has ended, whose MountID it is given.
+func (s *Server) TakeOver(mountID int) error {
+	if err := s.conn.Takeover(); err != nil {
+		return err
 	}
 	s.id = mountID
 	go s.serve()
-	return resent, nil
+	return nil
 }
 
 // Session returns what a successor of this process needs to go on serving. It

@@ -41,10 +41,11 @@ type sessionState struct {
 
 // The names of kept descriptors.
 const (
-	fuseFile    = "fuse"    // /dev/fuse
-	controlFile = "control" // the socket that other commands connect to
-	imageFile   = "image"   // of a composefs: source, whose path may come to mean another one
-	leaseFile   = "lease"   // without it the image could be evicted while no process lives
+	fuseFile     = "fuse"     // /dev/fuse
+	requestsFile = "requests" // of a kernel that cannot repeat them
+	controlFile  = "control"  // the socket that other commands connect to
+	imageFile    = "image"    // of a composefs: source, whose path may come to mean another one
+	leaseFile    = "lease"    // without it the image could be evicted while no process lives
 )
 
 // FuseFile returns the /dev/fuse among kept files, nil if there is none.
@@ -72,6 +73,9 @@ func (m *Mount) KeepBy(k Keeper, c *Control, restarts int) error {
 	}
 	defer socket.Close()
 	files := map[string]*os.File{fuseFile: conn.File(), controlFile: socket}
+	if f := conn.Requests(); f != nil {
+		files[requestsFile] = f
+	}
 	if m.imageFile != nil {
 		files[imageFile] = m.imageFile
 	}
@@ -123,7 +127,7 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 	}()
 	m.firstBackend, m.firstReason = st.Backend, st.BackendReason
 	m.status.Backend, m.status.BackendReason = string(st.Backend), st.BackendReason
-	conn, err := fusesession.Resume(files[fuseFile], st.FUSE)
+	conn, err := fusesession.Resume(files[fuseFile], files[requestsFile], st.FUSE)
 	if err != nil {
 		return nil, err
 	}
@@ -136,12 +140,8 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 	if err != nil {
 		return nil, err
 	}
-	resent, err := m.server.TakeOver(st.MountID)
-	if err != nil {
+	if err := m.server.TakeOver(st.MountID); err != nil {
 		return nil, err
-	}
-	if !resent {
-		m.log.Warn("this kernel cannot repeat what the process before was asked: programs that waited for it get an error (Linux 6.9 can)")
 	}
 	wanted, err := m.settle(st.MountID)
 	if err != nil || !wanted || composefs {

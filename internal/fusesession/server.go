@@ -3,7 +3,6 @@ package fusesession
 import (
 	"encoding/binary"
 	"errors"
-	"fmt"
 	"log"
 	"os"
 	"runtime"
@@ -23,9 +22,9 @@ type Server struct {
 	protocol *fuse.ProtocolServer
 	log      *log.Logger
 
-	memory []byte      // of buffers
-	free   chan []byte // buffers, for one reader each
-	most   int         // readers at once
+	journal *journal
+	pending []int // slots of the journal that the process before has left
+	most    int   // readers at once
 
 	mu      sync.Mutex
 	readers int // in read(2)
@@ -34,31 +33,25 @@ type Server struct {
 	onGone  func()
 }
 
-func newServer(dev *os.File, fs fuse.RawFileSystem, o *fuse.MountOptions) (*Server, error) {
+func newServer(dev, requests *os.File, fs fuse.RawFileSystem, o *fuse.MountOptions) (*Server, error) {
 	s := &Server{dev: dev, fs: fs, protocol: fuse.NewProtocolServer(fs, o), log: o.Logger, most: min(max(runtime.GOMAXPROCS(0), 2), 16)}
 	if s.log == nil {
 		s.log = log.Default()
 	}
-	// Populated, and not in the heap, whose pages come and go.
 	var err error
-	s.memory, err = unix.Mmap(-1, 0, (s.most+1)*readBuffer, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_POPULATE)
-	if err != nil {
-		return nil, fmt.Errorf("buffers: %w", err)
-	}
-	unix.Mlock(s.memory) // where the limit allows it: against reclaim
-	s.free = make(chan []byte, s.most+1)
-	for b := s.memory; len(b) > 0; b = b[readBuffer:] {
-		s.free <- b[:readBuffer:readBuffer]
-	}
-	return s, nil
+	s.journal, s.pending, err = openJournal(requests, s.most+1)
+	return s, err
 }
 
-func (s *Server) close() { unix.Munmap(s.memory) }
+func (s *Server) close() { s.journal.close() }
 
 // Serve answers requests until the kernel lets go of the session. Gone is
 // called then, before Serve waits for requests that are still being handled.
 func (s *Server) Serve(gone func()) {
 	s.onGone = gone
+	for _, slot := range s.pending {
+		s.loops.Go(func() { s.handle(s.journal.request(slot), slot) })
+	}
 	s.readers++
 	s.loops.Add(1)
 	s.loop()
@@ -71,13 +64,16 @@ func (s *Server) Serve(gone func()) {
 func (s *Server) loop() {
 	defer s.loops.Done()
 	for {
-		buf := <-s.free
+		buf := <-s.journal.free
 		n, err := retry(func() (int, error) { return unix.Read(int(s.dev.Fd()), buf) })
 		var request []byte
+		slot := -1
 		if err == nil {
 			request = append(takeBuffer(n)[:0], buf[:n]...)
+			slot = s.journal.keep(request)
 		}
-		s.free <- buf
+		empty(buf)
+		s.journal.free <- buf
 		s.mu.Lock()
 		s.readers--
 		if err == nil && s.readers == 0 {
@@ -88,7 +84,7 @@ func (s *Server) loop() {
 		s.mu.Unlock()
 		switch {
 		case err == nil:
-			s.handle(request)
+			s.handle(request, slot)
 			giveBuffer(request[:cap(request)])
 		case errors.Is(err, unix.ENOENT): // aborted before it was read
 		case errors.Is(err, unix.ENODEV):
@@ -149,7 +145,9 @@ func payload(request []byte) int {
 	return 0
 }
 
-func (s *Server) handle(request []byte) {
+// handle answers a request, which is kept in a slot of the journal.
+func (s *Server) handle(request []byte, slot int) {
+	defer s.journal.done(slot)
 	if len(request) < sizeInHeader {
 		s.log.Printf("a request of %d bytes from the kernel", len(request))
 		return

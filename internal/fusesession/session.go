@@ -32,7 +32,8 @@
 // Requests that a process had read when it died are still with the kernel,
 // which waits for their answers. Takeover makes it send them again
 // (FUSE_NOTIFY_RESEND, Linux 6.9; linux/fuse.h), with the same ID but for its
-// topmost bit. Older kernels cannot: see Takeover.
+// topmost bit. For older kernels requests are kept in a file in memory until they are
+// answered (journal.go), and the successor begins with those that are there.
 package fusesession
 
 import (
@@ -55,13 +56,17 @@ type Params struct {
 	// fuse_init_out of linux/fuse.h).
 	Request []byte `json:"init_request"`
 	Reply   []byte `json:"init_reply"`
+	// Journal says that requests are kept in the file of Session.Requests,
+	// since the kernel cannot repeat them.
+	Journal bool `json:"journal,omitempty"`
 }
 
 // A Session is one connection to the kernel.
 type Session struct {
-	dev     *os.File
-	params  Params
-	resumed bool
+	dev      *os.File
+	requests *os.File // of the journal; nil if the kernel can repeat requests
+	params   Params
+	resumed  bool
 }
 
 // New makes a session of a /dev/fuse descriptor on which the kernel's INIT
@@ -69,13 +74,23 @@ type Session struct {
 func New(dev *os.File) *Session { return &Session{dev: dev} }
 
 // Resume makes a session of the descriptor and parameters that another
-// process's session had. It takes dev over, unless it fails.
-func Resume(dev *os.File, p Params) (*Session, error) {
+// process's session had, and of its file of Requests, nil if it had none. It
+// takes the files over, unless it fails.
+func Resume(dev, requests *os.File, p Params) (*Session, error) {
 	if _, err := p.agreed(); err != nil {
 		return nil, fmt.Errorf("continue a FUSE session: %w", err)
 	}
-	return &Session{dev: dev, params: p, resumed: true}, nil
+	if p.Journal && requests == nil {
+		return nil, errors.New("continue a FUSE session: its journal of requests is not there")
+	}
+	if !p.Journal {
+		requests = nil
+	}
+	return &Session{dev: dev, requests: requests, params: p, resumed: true}, nil
 }
+
+// Requests returns the file that a successor needs besides File, nil if none.
+func (s *Session) Requests() *os.File { return s.requests }
 
 // File returns the /dev/fuse descriptor, which the Session goes on owning.
 func (s *Session) File() *os.File { return s.dev }
@@ -88,7 +103,12 @@ func (s *Session) Params() Params { return s.params }
 func (s *Session) Resumed() bool { return s.resumed }
 
 // Close closes the descriptor, after the server's end.
-func (s *Session) Close() error { return s.dev.Close() }
+func (s *Session) Close() error {
+	if s.requests != nil {
+		s.requests.Close()
+	}
+	return s.dev.Close()
+}
 
 // Over reports whether the kernel has let go of the connection: what it was
 // mounted for is unmounted, with no file open, or was aborted.
@@ -124,8 +144,14 @@ func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*Serve
 		if err := checkRequest(request); err != nil {
 			return nil, err
 		}
+		s.params.Journal = s.params.Journal || !canResend(request)
+		if s.params.Journal {
+			if s.requests, err = newJournalFile(); err != nil {
+				return nil, err
+			}
+		}
 	}
-	srv, err := newServer(s.dev, fs, o)
+	srv, err := newServer(s.dev, s.requests, fs, o)
 	if err != nil {
 		return nil, err
 	}
@@ -149,7 +175,7 @@ func (s *Session) NewServer(fs fuse.RawFileSystem, o *fuse.MountOptions) (*Serve
 		return nil, err
 	}
 	if !s.resumed {
-		s.params = Params{Request: bytes.Clone(request), Reply: reply}
+		s.params.Request, s.params.Reply = bytes.Clone(request), reply
 	}
 	return srv, nil
 }
@@ -211,10 +237,10 @@ func (p Params) agreed() (*fuse.InitOut, error) {
 	return parseReply(p.Reply)
 }
 
-// canResend reports whether the kernel knows FUSE_NOTIFY_RESEND.
-func (p Params) canResend() bool {
-	return len(p.Request) >= offFlags2+4 &&
-		binary.NativeEndian.Uint32(p.Request[offFlags2:])&(fuse.CAP_HAS_RESEND>>32) != 0
+// canResend reports whether the kernel that sent INIT knows FUSE_NOTIFY_RESEND.
+func canResend(request []byte) bool {
+	return len(request) >= offFlags2+4 &&
+		binary.NativeEndian.Uint32(request[offFlags2:])&(fuse.CAP_HAS_RESEND>>32) != 0
 }
 
 // offer returns an INIT request that offers of its flags only those agreed.

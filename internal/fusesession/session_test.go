@@ -54,10 +54,11 @@ func serve(mode string) error {
 	var err error
 	if p == nil {
 		s = New(dev)
-	} else if s, err = Resume(dev, *p); err != nil {
+		s.params.Journal = strings.HasSuffix(mode, "old")
+	} else if s, err = Resume(dev, os.NewFile(4, "requests"), *p); err != nil {
 		return err
 	}
-	fs := &numbers{RawFileSystem: fuse.NewDefaultRawFileSystem(), slow: mode == "slow"}
+	fs := &numbers{RawFileSystem: fuse.NewDefaultRawFileSystem(), slow: strings.HasPrefix(mode, "slow")}
 	o := &fuse.MountOptions{MaxWrite: 1 << 20, EnableSymlinkCaching: true, ExplicitDataCacheControl: true}
 	if mode == "other" {
 		o.DisabledCapabilities = fuse.CAP_READDIRPLUS
@@ -67,7 +68,11 @@ func serve(mode string) error {
 		return err
 	}
 	if p != nil {
-		if _, err := s.Takeover(); err != nil {
+		if err := s.Takeover(); err != nil {
+			return err
+		}
+	} else if s.Requests() != nil { // for the test to keep
+		if err := unix.Dup3(int(s.Requests().Fd()), 4, 0); err != nil {
 			return err
 		}
 	}
@@ -170,12 +175,14 @@ func (n *numbers) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.StatfsOu
 
 // A bench is a mounted session whose servers come and go.
 type bench struct {
-	t      testing.TB
-	dev    *os.File
-	mnt    string
-	params *Params
-	server *exec.Cmd
-	errs   bytes.Buffer
+	t   testing.TB
+	dev *os.File
+	// What successors get as requests: of an "old" server its journal.
+	requests *os.File
+	mnt      string
+	params   *Params
+	server   *exec.Cmd
+	errs     bytes.Buffer
 }
 
 func newBench(t testing.TB, mode string) *bench {
@@ -220,12 +227,15 @@ func (b *bench) start(mode string) error {
 	}
 	cmd := exec.Command(self)
 	cmd.Env = append(os.Environ(), serverEnv+"="+mode)
-	cmd.ExtraFiles = []*os.File{b.dev}
+	cmd.ExtraFiles = []*os.File{b.dev, b.requests}
 	in, _ := json.Marshal(b.params)
 	cmd.Stdin, cmd.Stderr = bytes.NewReader(in), &b.errs
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		return err
+	}
+	if b.requests == nil {
+		cmd.ExtraFiles = cmd.ExtraFiles[:1]
 	}
 	if err := cmd.Start(); err != nil {
 		return err
@@ -237,6 +247,12 @@ func (b *bench) start(mode string) error {
 	}
 	if b.params != nil && (!bytes.Equal(p.Request, b.params.Request) || !bytes.Equal(p.Reply, b.params.Reply)) {
 		b.t.Error("the parameters have changed")
+	}
+	if b.params == nil && p.Journal {
+		if b.requests, err = os.OpenFile(fmt.Sprintf("/proc/%d/fd/4", cmd.Process.Pid), os.O_RDWR, 0); err != nil {
+			return err
+		}
+		b.t.Cleanup(func() { b.requests.Close() })
 	}
 	b.params, b.server = &p, cmd
 	return nil
@@ -309,9 +325,13 @@ func use(stop *atomic.Bool, mnt, name string) (ops int, _ error) {
 	return ops, nil
 }
 
-// A server that is killed under eight readers is a pause, not an error.
-func TestTakeover(t *testing.T) {
-	b := newBench(t, "fast")
+// A server that is killed under eight readers is a pause, not an error; also
+// where the kernel cannot repeat requests.
+func TestTakeover(t *testing.T)    { testTakeover(t, "fast") }
+func TestTakeoverOld(t *testing.T) { testTakeover(t, "fastold") }
+
+func testTakeover(t *testing.T, mode string) {
+	b := newBench(t, mode)
 	type reader struct {
 		cmd      *exec.Cmd
 		stdin    io.Closer
@@ -341,7 +361,7 @@ func TestTakeover(t *testing.T) {
 		time.Sleep(rand.N(60 * time.Millisecond))
 		start := time.Now()
 		b.kill()
-		if err := b.start("fast"); err != nil {
+		if err := b.start(mode); err != nil {
 			t.Fatal(err)
 		}
 		if err := unix.Statfs(b.mnt, new(unix.Statfs_t)); err != nil {
@@ -428,16 +448,17 @@ func TestOtherCapabilities(t *testing.T) {
 func TestResumeRefuses(t *testing.T) {
 	good := Params{Request: make([]byte, sizeInitIn), Reply: make([]byte, sizeOutHeader+sizeInitOut)}
 	good.Request[4] = opInit
-	if _, err := Resume(nil, good); err != nil {
+	if _, err := Resume(nil, nil, good); err != nil {
 		t.Error(err)
 	}
-	short, other, failed := good, good, good
+	short, other, failed, bare := good, good, good, good
+	bare.Journal = true
 	short.Request = good.Request[:30]
 	other.Request = make([]byte, sizeInitIn)
 	failed.Reply = bytes.Clone(good.Reply)
 	failed.Reply[4] = 0xfb
-	for what, p := range map[string]Params{"nothing": {}, "a short request": short, "another request": other, "an error": failed} {
-		if _, err := Resume(nil, p); err == nil {
+	for what, p := range map[string]Params{"nothing": {}, "a short request": short, "another request": other, "an error": failed, "no journal": bare} {
+		if _, err := Resume(nil, nil, p); err == nil {
 			t.Errorf("Resume took %s", what)
 		}
 	}

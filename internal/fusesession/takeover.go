@@ -10,21 +10,20 @@ import (
 )
 
 // Takeover readies a resumed session for Serve, once no other process reads
-// it: what the process before had read and not answered is sent again. It
-// reports false where the kernel cannot do that (before Linux 6.9); those
-// requests were then answered with an error.
-func (s *Session) Takeover() (resent bool, err error) {
+// it: the kernel sends again what the process before had read and not
+// answered. It does nothing in a session whose requests are kept.
+func (s *Session) Takeover() error {
 	if !s.resumed {
-		return false, errors.New("take over a FUSE session that is new")
+		return errors.New("take over a FUSE session that is new")
 	}
-	if s.params.canResend() {
-		// A message with ID 0 is a notification, its error field the code.
-		if err := s.write(0, -fuse.NOTIFY_RESEND); err != nil {
-			return false, fmt.Errorf("FUSE_NOTIFY_RESEND: %w", err)
-		}
-		return true, nil
+	if s.params.Journal {
+		return nil
 	}
-	return false, nil
+	// A message with ID 0 is a notification, its error field the code.
+	if err := s.write(0, -fuse.NOTIFY_RESEND); err != nil {
+		return fmt.Errorf("FUSE_NOTIFY_RESEND: %w", err)
+	}
+	return nil
 }
 
 // write sends the kernel a message that is a header only.
