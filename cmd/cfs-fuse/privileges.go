@@ -18,6 +18,7 @@ var kept = map[int]bool{
 	unix.CAP_CHOWN:            true,
 	unix.CAP_SYS_PTRACE:       true, // pidfd_getfd(2), by a successor
 	unix.CAP_NET_BIND_SERVICE: true, // --metrics
+	unix.CAP_SYS_NICE:         true, // a successor starts before others
 }
 
 // startRestricted starts a command that can never have other capabilities

@@ -69,6 +69,7 @@ func Hold(log *slog.Logger, over func(files map[string]*os.File) bool) error {
 	if l == nil {
 		return errors.New("this command is for cfs-fuse itself: a server starts it")
 	}
+	hurry()
 	h := &holder{log: log, over: over, events: make(chan event)}
 	if h.server, err = newPeer(l, os.Getppid()); err != nil {
 		return err
@@ -223,7 +224,7 @@ func (h *holder) spawn(path string, standby bool) (*peer, error) {
 		return nil, err
 	}
 	defer theirs.Close()
-	cmd, err := spawn(path, h.command, theirs)
+	cmd, err := spawn(path, h.command, theirs, false)
 	if err != nil {
 		l.c.Close()
 		return nil, err

@@ -50,7 +50,7 @@ func (h *Holder) start() error {
 		return fmt.Errorf("start a holder: %w", err)
 	}
 	defer theirs.Close()
-	cmd, err := spawn("/proc/self/exe", h.command, theirs)
+	cmd, err := spawn("/proc/self/exe", h.command, theirs, true)
 	if err != nil {
 		l.c.Close()
 		return fmt.Errorf("start a holder: %w", err)
@@ -286,6 +286,7 @@ func (s *Successor) Holder(holderCommand []string, log *slog.Logger) (*Holder, e
 // Serving tells the holder that this process serves. From then on the holder
 // is watched.
 func (h *Holder) Serving(s *Successor) {
+	relax()
 	if err := s.link.send(message{Do: doServing}, nil); err != nil {
 		h.log.Warn("tell the process that keeps the session", "error", err) // its end is seen next
 	}
@@ -294,14 +295,15 @@ func (h *Holder) Serving(s *Successor) {
 	h.attach(s.link, os.Getppid())
 }
 
-// spawn starts a process with its end of a link, in a session of its own.
-func spawn(path string, args []string, theirs *os.File) (*exec.Cmd, error) {
+// spawn starts a process with its end of a link, in a session of its own or in
+// ours.
+func spawn(path string, args []string, theirs *os.File, session bool) (*exec.Cmd, error) {
 	cmd := exec.Command(path, args...)
 	cmd.Args[0] = os.Args[0]
 	cmd.Env = append(os.Environ(), linkEnv+"=3")
 	cmd.ExtraFiles = []*os.File{theirs}
 	cmd.Stdout, cmd.Stderr = os.Stdout, os.Stderr
-	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: session}
 	return cmd, cmd.Start()
 }
 
