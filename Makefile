@@ -6,7 +6,7 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME  ?= 30s
 # Packages of Debian that the tests use: real registries, real unpackers, real
 # images, the kernel's own checkers.
-APT       := btrfs-progs cpio debian-archive-keyring debootstrap docker-registry e2fsprogs erofs-utils fsverity fuse3 nginx-light qemu-system-x86 skopeo umoci util-linux xfsprogs xz-utils
+APT       := btrfs-progs cpio debian-archive-keyring debootstrap docker-registry e2fsprogs erofs-utils fsverity fuse3 nginx-light qemu-system-x86 skopeo systemd umoci util-linux xfsprogs xz-utils
 
 # Where 'install' puts things, and the names of the composefs tools that it
 # links to the command (mount(8) looks for its helper in sbin).
