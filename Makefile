@@ -116,7 +116,8 @@ bench-fs: build
 ## soak-hybrid 100 images filled under eight readers, on live hybrid mounts (root)
 soak-hybrid:
 	CFS_FUSE_FILLS=100 $(GO) test -timeout 30m -count 1 -v -run TestHybridFillsUnderReaders ./mount
-## soak-restart  1,000 servers killed under eight readers, and 200 of hybrids (root, 10 minutes)
+
+## soak-restart  1,000 servers killed under eight readers, with each backend (root, 15 minutes)
 soak-restart: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) CFS_FUSE_E2E_RESTARTS=1000 $(GO) test -timeout 40m -count 1 -v -run TestKilledUnderReaders ./e2e
 

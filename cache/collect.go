@@ -404,7 +404,7 @@ func (c *collection) removeWhole(l levelled) error {
 	}
 	c.res.Contents++
 	c.s.files.discard(l.digest) // an open file would keep its room
-	if l.stat.Nlink > 2 { // somebody else has a link: nothing is freed
+	if l.stat.Nlink > 2 {       // somebody else has a link: nothing is freed
 		l.stat.Blocks = 0
 	}
 	c.res.Freed += l.stat.Blocks * 512

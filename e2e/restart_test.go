@@ -132,7 +132,7 @@ func TestKilledUnderReaders(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		cycles = map[string]int{fuseBackend: n, hybridBackend: n / 5}
+		cycles = map[string]int{fuseBackend: n, hybridBackend: n}
 	}
 	for _, backend := range []string{fuseBackend, hybridBackend} {
 		t.Run(backend, func(t *testing.T) { testKilledUnderReaders(t, backend, cycles[backend]) })

@@ -20,10 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// The test binary runs itself again: as a server by actorEnv, and as whatever
-// the server or its holder starts by its arguments.
-const actorEnv = "CFS_FUSE_TEST_ACTOR"
-
+// The test binary runs itself again, as a server and as what servers and
+// holders start, by its arguments.
 func TestMain(m *testing.M) {
 	var err error
 	switch args := os.Args[1:]; {
