@@ -125,9 +125,9 @@ const (
 	largestPayload = 4 << 20 // of any limit on pages in a request that kernels have
 )
 
-// payload returns how many bytes the answer to a request may have besides its
-// header.
-func payload(request []byte) int {
+// answerSize returns how many bytes the answer to a request may have besides
+// its header.
+func answerSize(request []byte) int {
 	at := func(off int) int {
 		if len(request) < off+4 {
 			return 0
@@ -136,13 +136,13 @@ func payload(request []byte) int {
 	}
 	switch binary.NativeEndian.Uint32(request[4:]) {
 	case opRead, opReadDir, opReadDirPlus:
-		return at(offReadSize)
+		return max(smallAnswer, at(offReadSize))
 	case opGetXAttr, opListXAttr:
-		return at(offXAttrSize)
+		return max(smallAnswer, at(offXAttrSize))
 	case opIoctl:
-		return at(offIoctlOut)
+		return smallAnswer + at(offIoctlOut)
 	}
-	return 0
+	return smallAnswer
 }
 
 // handle answers a request, which is kept in a slot of the journal.
@@ -152,8 +152,7 @@ func (s *Server) handle(request []byte, slot int) {
 		s.log.Printf("a request of %d bytes from the kernel", len(request))
 		return
 	}
-	size := payload(request) + smallAnswer
-	answer := takeBuffer(size)
+	answer := takeBuffer(answerSize(request))
 	defer giveBuffer(answer)
 	header := make([]byte, sizeOutHeader)
 	n, status := s.protocol.HandleRequest([][]byte{request}, [][]byte{header, answer})

@@ -463,3 +463,34 @@ func TestResumeRefuses(t *testing.T) {
 		}
 	}
 }
+
+// FuzzParams feeds what a successor is given: nothing but a whole INIT exchange
+// is taken, and what is offered of it is never more than was agreed.
+func FuzzParams(f *testing.F) {
+	good := Params{Request: make([]byte, sizeInitIn), Reply: make([]byte, sizeOutHeader+sizeInitOut)}
+	good.Request[4] = opInit
+	f.Add(good.Request, good.Reply)
+	f.Add(good.Request[:sizeOldInitIn], good.Reply)
+	f.Add([]byte{}, []byte{0xff})
+	f.Fuzz(func(t *testing.T, request, reply []byte) {
+		p := Params{Request: request, Reply: reply}
+		s, err := Resume(nil, nil, p)
+		if err != nil {
+			return
+		}
+		out, err := s.params.agreed()
+		if err != nil {
+			t.Fatal(err)
+		}
+		offered := offer(request, out.Flags64())
+		if err := checkRequest(offered); err != nil {
+			t.Fatal(err)
+		}
+		if more := binary.NativeEndian.Uint32(offered[offFlags:]) &^ out.Flags; more != 0 {
+			t.Errorf("flags %#x were not agreed", more)
+		}
+		if n := answerSize(request); n < smallAnswer || n > largestPayload+smallAnswer {
+			t.Errorf("an answer of %d bytes", n)
+		}
+	})
+}
