@@ -217,7 +217,7 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 	var err error
 	if before.resumes() {
 		m, control, err = before.resume(source, mountpoint, f.opts)
-	} else {
+	} else if err = before.begin(mountpoint); err == nil {
 		m, err = mount.Start(ctx, source, mountpoint, f.opts)
 	}
 	if err != nil {
@@ -232,7 +232,7 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 		}
 	}
 	if err == nil {
-		err = before.keep(m, control, mountpoint)
+		err = before.keep(m, control)
 	}
 	if err == nil {
 		ready.report(nil)

@@ -71,8 +71,17 @@ func (s *session) resume(source, mountpoint string, o mount.Options) (*mount.Mou
 	return m, control, err
 }
 
+// begin starts the holder of a mount that is about to be made: it comes up
+// while the image is prepared. One that is given nothing ends with this process.
+func (s *session) begin(mountpoint string) (err error) {
+	if s.store == nil && !s.alone {
+		s.holder, err = keeper.StartHolder(holderCommand(mountpoint), s.log)
+	}
+	return err
+}
+
 // keep gives the session of a mount to a keeper.
-func (s *session) keep(m *mount.Mount, c *mount.Control, mountpoint string) error {
+func (s *session) keep(m *mount.Mount, c *mount.Control) error {
 	switch {
 	case s.store != nil:
 		restarts := 0
@@ -90,12 +99,8 @@ func (s *session) keep(m *mount.Mount, c *mount.Control, mountpoint string) erro
 			return s.holder.Renew()
 		}
 		return nil
-	case s.alone || !m.Serves():
+	case s.holder == nil || !m.Serves():
 		return nil
-	}
-	var err error
-	if s.holder, err = keeper.StartHolder(holderCommand(mountpoint), s.log); err != nil {
-		return err
 	}
 	if err := m.KeepBy(s, c, 0); err != nil {
 		return err

@@ -13,16 +13,16 @@
 //	new session    kernel ── INIT ──► ProtocolServer ── reply ──► kernel
 //	                          both are kept: Params
 //	successor      Params ── INIT, as it was agreed ──► ProtocolServer
-//	                      reply: must be what was agreed; the kernel gets none
+//	                          reply: must be what was agreed; the kernel gets none
 //
 // The other way, go-fuse's Server on a socketpair that dup3(2) replaces by
-// /dev/fuse once INIT is answered, works too and costs nothing, but has a hole
-// that was seen at one kill in ten of an idle server on a busy machine: a thread
+// /dev/fuse once INIT is answered, works too and is as fast, but has a hole
+// that was seen at one kill in ten of an idle server on a busy machine. A thread
 // that is being killed still takes a request that came with the kill off the
 // queue (wait_event_interruptible looks at the condition first), and then
 // fails to copy it into a page that was never touched, as page faults of a
-// dying thread fail. The request is lost, its program gets EIO. Here requests are read into
-// pages that are present.
+// dying thread fail. The request is lost, and its program gets EIO. Here
+// requests are read into pages that are present.
 //
 // What the kernel remembers of a session stays as the first server made it:
 // protocol version, flags, sizes, and operations that were answered with
@@ -32,8 +32,9 @@
 // Requests that a process had read when it died are still with the kernel,
 // which waits for their answers. Takeover makes it send them again
 // (FUSE_NOTIFY_RESEND, Linux 6.9; linux/fuse.h), with the same ID but for its
-// topmost bit. For older kernels requests are kept in a file in memory until they are
-// answered (journal.go), and the successor begins with those that are there.
+// topmost bit. For older kernels requests are kept in a file in memory until
+// they are answered (journal.go), and the successor begins with those that are
+// there.
 package fusesession
 
 import (
