@@ -39,8 +39,11 @@ func (m *Mount) startComposefs(path string) error {
 		return err
 	}
 	m.firstBackend, m.firstReason = FUSE, m.status.BackendReason
-	m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, m.fuseOptions())
-	return err
+	if m.server, err = fusefs.Mount(m.mountpoint, m.reader, objects, m.fuseOptions()); err != nil {
+		return err
+	}
+	m.readFurther()
+	return nil
 }
 
 // openComposefs opens the image f, which has or had the name path, and the

@@ -360,6 +360,8 @@ func (m *Mount) conduct(ctx context.Context) {
 		if err := m.letGo(); err != nil {
 			m.log.Info("files that were opened while they were not whole are read through FUSE for a while", "error", err)
 		}
+	} else {
+		m.readFurther()
 	}
 	if m.state() < Sealed {
 		var rec sealedRecord

@@ -627,6 +627,31 @@ func TestComposefsSourceShowsAll(t *testing.T) {
 	}
 }
 
+// Once everything is local the kernel reads further ahead through FUSE.
+func TestReadsFurther(t *testing.T) {
+	m, mnt := start(t, twoLayers(t), Options{Backend: FUSE, Swap: Never, NoFill: true})
+	ahead := func() string {
+		t.Helper()
+		info, err := kmount.At(mnt)
+		if err != nil {
+			t.Fatal(err)
+		}
+		kb, err := os.ReadFile("/sys/class/bdi/" + info.Dev + "/read_ahead_kb")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return strings.TrimSpace(string(kb))
+	}
+	if got := ahead(); got != "128" {
+		t.Errorf("while lazy: %s KiB, want the kernel's 128", got)
+	}
+	checkFiles(t, mnt)
+	waitFor(t, m, Sealed)
+	if got := ahead(); got != readahead {
+		t.Errorf("everything local: %s KiB, want %s", got, readahead)
+	}
+}
+
 // The record and the socket are what the other commands see.
 func TestControl(t *testing.T) { eachBackend(t, testControl) }
 
