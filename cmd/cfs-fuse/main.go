@@ -10,6 +10,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/internal/keeper"
 )
 
 func main() {
@@ -25,6 +27,9 @@ func main() {
 
 // call runs the program under the name it was called by.
 func call(ctx context.Context, name string, args []string) int {
+	if keeper.Started() && len(args) > 0 && args[0] == holderName {
+		return run(ctx, args) // of a composefs-fuse, whose name it has
+	}
 	if tool := newTool(name); tool != nil {
 		return runTool(ctx, tool, args)
 	}

@@ -30,6 +30,9 @@ type Holder struct {
 	replies chan message // of the holder that lives now
 }
 
+// Started reports whether this process was started by a holder or as one.
+func Started() bool { return os.Getenv(linkEnv) != "" }
+
 // replyTime bounds how long a holder may take to answer.
 const replyTime = 10 * time.Second
 
