@@ -65,8 +65,8 @@ func (s *session) resume(source, mountpoint string, o mount.Options) (*mount.Mou
 	}
 	if s.successor != nil {
 		s.holder.Serving(s.successor)
-		m.KeptBy(s, kept.Restarts)
 	}
+	m.KeptBy(s, kept.Restarts) // before the first answer to anybody
 	control, err := mount.ResumeControl(m, kept.Files)
 	return m, control, err
 }
