@@ -165,32 +165,43 @@ func TestTLSAuthRedirect(t *testing.T) {
 	}
 }
 
-// TestLink has eight connections share 200 Mbit/s: the rate is kept within some
-// percent, and shared fairly. A request on an idle link takes the latency.
+// TestLink has eight connections share 200 Mbit/s: the rate is never exceeded,
+// is reached within what a busy machine loses, and is shared fairly. A request
+// on an idle link takes the latency.
 func TestLink(t *testing.T) {
-	const rate, size, conns = 25e6, 2 << 20, 8
+	const rate, size, conns, tries = 25e6, 2 << 20, 8, 10
 	r := start(t, Options{Link: Link{Latency: 20 * time.Millisecond, BytesPerSecond: rate}})
 	big := r.AddBytes("x", bytes.Repeat(alphabet, size/26+1)[:size])
 	small := r.AddBytes("x", alphabet)
 	c := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: conns}}
 	defer c.CloseIdleConnections()
 	path := "http://" + r.Host() + "/v2/x/blobs/"
-	ask := func(want time.Duration) {
+	// Never early; a busy machine may be late, but not each time.
+	ask := func(want time.Duration, prepare func()) {
 		t.Helper()
-		begin := time.Now()
-		if _, _, err := get(t, c, path+small.Digest.String(), ""); err != nil {
-			t.Fatal(err)
+		var took []time.Duration
+		for range tries {
+			prepare()
+			begin := time.Now()
+			if _, _, err := get(t, c, path+small.Digest.String(), ""); err != nil {
+				t.Fatal(err)
+			}
+			d := time.Since(begin)
+			if d < want {
+				t.Fatalf("a request took %v, want %v", d, want)
+			}
+			if d < want+15*time.Millisecond {
+				return
+			}
+			took = append(took, d)
 		}
-		if d := time.Since(begin); d < want || d > want+15*time.Millisecond {
-			t.Errorf("a request took %v, want %v", d, want)
-		}
+		t.Errorf("requests took %v, want %v", took, want)
 	}
-	ask(40 * time.Millisecond) // a connection, and a request
-	ask(20 * time.Millisecond)
+	ask(40*time.Millisecond, c.CloseIdleConnections) // a connection, and a request
+	ask(20*time.Millisecond, func() {})
 
-	// A busy machine may be late once, but not three times.
 	var got float64
-	for range 3 {
+	for range tries {
 		ends := make([]time.Duration, conns)
 		begin := time.Now()
 		var all sync.WaitGroup
@@ -206,7 +217,10 @@ func TestLink(t *testing.T) {
 		first, last := slices.Min(ends), slices.Max(ends)
 		got = conns * size / (last - 20*time.Millisecond).Seconds()
 		t.Logf("%.2f MB/s of %.0f, connections ended at %v to %v", got/1e6, rate/1e6, first, last)
-		if got > 0.93*rate && got < 1.05*rate && first > last*6/10 {
+		if got > 1.05*rate {
+			t.Fatalf("%.2f MB/s, want %.0f at most", got/1e6, rate/1e6)
+		}
+		if got > 0.8*rate && first > last*6/10 { // 0.97 on an idle machine
 			return
 		}
 	}
