@@ -90,14 +90,18 @@ func (h *Holder) listen(l *link, replies chan message) {
 	}
 	l.c.Close()
 	close(replies)
-	if time.Since(began) < time.Second {
-		time.Sleep(time.Second) // something kills holders
-	}
+	young := time.Since(began) < time.Second
 	for {
 		h.mu.Lock()
 		if h.over || h.link != l || h.kept == nil {
 			h.mu.Unlock()
 			return
+		}
+		if young { // something kills holders
+			h.mu.Unlock()
+			time.Sleep(time.Second)
+			young = false
+			continue
 		}
 		h.log.Warn("the process that keeps the session has died; another is started", "pid", h.pid)
 		err := h.start()
