@@ -207,6 +207,7 @@ const answerTime = 10 * time.Second
 func (f Files) query(ctx context.Context) (Status, error) {
 	limited, cancel := context.WithTimeout(ctx, answerTime)
 	defer cancel()
+	gone := false
 	for {
 		s, err := f.askStatus(limited)
 		if err == nil {
@@ -214,7 +215,8 @@ func (f Files) query(ctx context.Context) (Status, error) {
 		}
 		// A process that dies while it is asked may have a successor; where
 		// there is none, nobody listens.
-		if limited.Err() != nil || errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist) {
+		gone = errors.Is(err, unix.ECONNREFUSED) || errors.Is(err, os.ErrNotExist)
+		if limited.Err() != nil || gone {
 			break
 		}
 		time.Sleep(10 * time.Millisecond)
@@ -225,6 +227,9 @@ func (f Files) query(ctx context.Context) (Status, error) {
 	s, err := f.load()
 	if err != nil {
 		return s, err
+	}
+	if gone {
+		s.Keeper, s.KeeperPID = "", 0 // the keeper had the socket too
 	}
 	mountpoint := s.Mountpoint
 	if s, err = fromKernel(s); errors.Is(err, kmount.ErrNotMounted) {
@@ -349,10 +354,15 @@ func SwapNow(ctx context.Context, runtimeDir, mountpoint string) error {
 	if s.PID == 0 {
 		return fmt.Errorf("%s: state %s %w: %s", s.Mountpoint, Swapped, ErrStuck, s.Note)
 	}
-	left := watchProcess(s.PID)
+	left := watch(s)
 	defer left.Close()
 	res, err := FilesOf(runtimeDir, s.Mountpoint).ask(ctx, http.MethodPost, "/swap")
 	if err != nil {
+		// It has ended in between, or has left to a successor, which finishes
+		// what it has begun.
+		if after, qerr := Query(ctx, runtimeDir, mountpoint); qerr == nil && after.PID != s.PID {
+			return SwapNow(ctx, runtimeDir, mountpoint)
+		}
 		return fmt.Errorf("%s: ask the process that serves the mount to swap: %w", s.Mountpoint, err)
 	}
 	defer res.Body.Close()

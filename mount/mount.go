@@ -124,6 +124,7 @@ type Mount struct {
 	// What serves until the swap, and why.
 	firstBackend Backend
 	firstReason  string
+	resumed      bool // from another process, which may have sealed the image
 	reports      reports
 	started      time.Time
 
@@ -346,6 +347,12 @@ func checkMountpoint(path, runtimeDir string) error {
 // conduct fills, seals and swaps, as far as the options and the kernel allow.
 // What stops it is kept in the status, for people and for WaitFor.
 func (m *Mount) conduct(ctx context.Context) {
+	if m.resumed {
+		// Not before it serves: to look at the whole image takes time.
+		if rec, ok := m.sealedRecord(); ok && m.checkDigest(rec) == nil {
+			m.setSealed(rec)
+		}
+	}
 	if m.state() < Complete {
 		work := m.fill
 		if m.opts.NoFill {
@@ -356,7 +363,7 @@ func (m *Mount) conduct(ctx context.Context) {
 		}
 		m.setState(Complete)
 	}
-	if m.status.Backend == string(Hybrid) {
+	if m.firstBackend == Hybrid {
 		if err := m.letGo(); err != nil {
 			m.log.Info("files that were opened while they were not whole are read through FUSE for a while", "error", err)
 		}

@@ -84,16 +84,16 @@ func errNoMount(path string) error {
 // It fails with ErrNotMounted when that is nothing of ours.
 func fromKernel(s Status) (Status, error) {
 	info, err := kmount.At(s.Mountpoint)
+	s.PID = 0
 	switch {
 	case err != nil:
 		return s, err
 	case isSealedMount(info):
-		s.State, s.Backend, s.BackendReason, s.PID = Swapped, "kernel", "", 0
+		s.State, s.Backend, s.BackendReason = Swapped, "kernel", ""
+		s.Keeper, s.KeeperPID = "", 0
 	case isHybridMount(info):
-		s.PID = 0
 		s.Note = "the process that served it has died; files that are whole can be read, others cannot; mount the image again"
 	case ours(info):
-		s.PID = 0
 		s.Note = "the process that served it has died; mount the image again"
 	default:
 		return s, errNoMount(s.Mountpoint)

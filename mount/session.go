@@ -147,6 +147,7 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 	if err != nil || !wanted || composefs {
 		return m, err
 	}
+	m.resumed = true
 	m.startConductor()
 	return m, nil
 }

@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"context"
 	"errors"
 	"os"
 	"testing"
@@ -72,4 +73,26 @@ func TestResumeRefuses(t *testing.T) {
 			t.Errorf("%s with %v was taken", state, files)
 		}
 	}
+}
+
+// A successor of who has sealed the image takes it for that without another
+// look at the source or for room in the store, which there may be none of.
+func TestSuccessorOfSealed(t *testing.T) {
+	m, mnt := start(t, twoLayers(t), Options{Swap: Never})
+	waitFor(t, m, Sealed)
+	m.stop()
+	m.run.Wait()
+	m.update(func(s *Status) { s.State, s.ComposefsDigest = Lazy, "" })
+	nothing, cancel := context.WithCancel(t.Context())
+	cancel()
+	m.conduct(nothing)
+	if m.state() != Lazy {
+		t.Errorf("not a successor, and told to stop: %v, want Lazy", m.state())
+	}
+	m.resumed = true
+	m.conduct(nothing)
+	if s := m.Status(); s.State != Sealed || s.ComposefsDigest == "" {
+		t.Errorf("a successor: %+v, want it Sealed", s)
+	}
+	end(t, m, mnt)
 }

@@ -2,6 +2,7 @@ package mount
 
 import (
 	"errors"
+	"os"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -32,6 +33,7 @@ func TestSwapNow(t *testing.T) {
 	if c, err = NewControl(m); err != nil {
 		t.Fatal(err)
 	}
+	m.KeptBy(keptByNobody{}, 1)
 	waitFor(t, m, Sealed)
 	before := inodes(t, mnt)
 	for range 2 {
@@ -58,4 +60,14 @@ func TestSwapNow(t *testing.T) {
 	if err := SwapNow(t.Context(), run, mnt); err != nil {
 		t.Errorf("with no process left: %v", err)
 	}
+	if s, err := Query(t.Context(), run, mnt); err != nil || s.PID != 0 || s.Keeper != "" || s.KeeperPID != 0 {
+		t.Errorf("with no process left: %+v, %v, want none that keeps the session", s, err)
+	}
 }
+
+// keptByNobody is what a status shows of a keeper.
+type keptByNobody struct{}
+
+func (keptByNobody) Keep([]byte, map[string]*os.File) error { return nil }
+func (keptByNobody) Name() (string, int)                    { return "holder", 1 << 30 }
+func (keptByNobody) Replace(string) error                   { return errors.New("there is nobody") }
