@@ -16,7 +16,8 @@ var kept = map[int]bool{
 	unix.CAP_DAC_READ_SEARCH:  true, // linkat(2) of unnamed files
 	unix.CAP_FOWNER:           true, // modes of the store's files
 	unix.CAP_CHOWN:            true,
-	unix.CAP_SYS_PTRACE:       true, // pidfd_getfd(2), by a successor
+	unix.CAP_LEASE:            true, // fcntl(2), F_SETLEASE: whether an image of another user's store is open
+	unix.CAP_SYS_PTRACE:       true, // readers' signals where /proc has hidepid= (proc(5))
 	unix.CAP_NET_BIND_SERVICE: true, // --metrics
 	unix.CAP_SYS_NICE:         true, // a successor starts before others
 }
