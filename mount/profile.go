@@ -186,39 +186,42 @@ func repositoryKey(name string) string {
 // stands for what has not been read yet.
 const settled = time.Minute
 
-// profile returns the profile as it is now, and whether it has what is not on
-// disk yet.
-func (m *Mount) profile() (p *image.Profile, unsaved bool) {
+// profile returns the profile as it is now, and how much of it was read from
+// this mount, or from this image before. The rest is a related image's: what of
+// that is here too, until this start is over. Of a hybrid it stays, as nobody
+// learns of reads of what was prefetched: the kernel has the whole files.
+func (m *Mount) profile() (p *image.Profile, noted int) {
 	p = &image.Profile{Image: m.image.digest, Repository: repository(m.src.String()), Accesses: m.record.noted()}
-	m.record.mu.Lock()
-	unsaved = len(p.Accesses) > m.record.saved
-	m.record.mu.Unlock()
-	return p, unsaved
+	noted = len(p.Accesses)
+	if m.firstBackend != Hybrid && time.Since(m.started) >= settled {
+		return p, noted
+	}
+	have := map[image.Digest]bool{}
+	for _, a := range p.Accesses {
+		have[a.Content] = true
+	}
+	for _, a := range m.inherited {
+		if _, here := m.image.index.Find(a.Content); here && !have[a.Content] {
+			p.Accesses = append(p.Accesses, a)
+		}
+	}
+	return p, noted
 }
 
 // saveProfile writes the profile, if something was read that it does not have.
 func (m *Mount) saveProfile() error {
-	p, unsaved := m.profile()
-	if !unsaved {
+	p, noted := m.profile()
+	m.record.mu.Lock()
+	saved := m.record.saved
+	m.record.mu.Unlock()
+	if noted <= saved {
 		return nil
-	}
-	n := len(p.Accesses)
-	if time.Since(m.started) < settled {
-		have := map[image.Digest]bool{}
-		for _, a := range p.Accesses {
-			have[a.Content] = true
-		}
-		for _, a := range m.inherited {
-			if !have[a.Content] {
-				p.Accesses = append(p.Accesses, a)
-			}
-		}
 	}
 	if err := writeProfile(m.opts.Root, p, m.image.path(profileName), repositoryKey(p.Repository)); err != nil {
 		return err
 	}
 	m.record.mu.Lock()
-	m.record.saved = n
+	m.record.saved = noted
 	m.record.mu.Unlock()
 	return nil
 }

@@ -127,6 +127,26 @@ func TestProfile(t *testing.T) {
 	}
 	wantPrefetch("newer", newer, o, len(p.Accesses))
 
+	// Of what was prefetched a hybrid is not asked, and it stays known all the same.
+	if os.Geteuid() == 0 {
+		for _, dir := range []string{"objects", "contents", "staging"} {
+			os.RemoveAll(filepath.Join(o.Root, dir))
+		}
+		h := o
+		h.Backend = Hybrid
+		m, mnt := start(t, newer, h)
+		own, err := os.ReadFile(filepath.Join(mnt, "new"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		m.started = m.started.Add(-2 * settled)
+		got, noted := m.profile()
+		if noted != 1 || len(got.Accesses) != 1+len(p.Accesses) || got.Accesses[0].Content != digestOf(string(own)) {
+			t.Errorf("a hybrid's profile, of which %d noted: %+v", noted, got.Accesses)
+		}
+		end(t, m, mnt)
+	}
+
 	// The same image elsewhere: with nothing known, and with the profile.
 	o.Root = filepath.Join(t.TempDir(), "elsewhere")
 	if got, err := ImportProfile(o.Root, raw); err != nil || len(got.Accesses) != len(p.Accesses) {
