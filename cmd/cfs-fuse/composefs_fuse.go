@@ -18,7 +18,9 @@ of the composefs project's tool; 'cfs-fuse -o …' is the same.
 The options of -o, with a backslash before a comma that belongs to one:
   source=IMAGE          the image; mandatory
   basedir=DIR[:DIR...]  the folders of objects; mandatory
-  noacl, ro, default_permissions, allow_other, nodev, nosuid
+  nodev, nosuid, allow_other
+                        as those of 'cfs-fuse mount --options'
+  noacl, ro, default_permissions
                         taken, and change nothing`
 
 // newComposefsFuse returns composefs-fuse.
@@ -33,12 +35,12 @@ func newComposefsFuse() *cobra.Command {
 		Example: "  composefs-fuse -o source=image.cfs,basedir=/srv/objects /mnt\n  umount /mnt",
 		Args:    exactArgs("MOUNTPOINT"),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			image, objects, err := parseFuseOptions(strings.Join(options, ","))
+			image, objects, words, err := parseFuseOptions(strings.Join(options, ","))
 			if err != nil {
 				return usage(err)
 			}
 			g := global{runtimeDir: defaultRuntime(), logLevel: "info"}
-			f.opts.Objects = objects
+			f.opts.Objects, f.options = objects, words
 			f.backend, f.swap, f.verity = "fuse", "never", "off"
 			return f.run(cmd.Context(), &g, "composefs:"+image, args[0])
 		},
@@ -51,8 +53,9 @@ func newComposefsFuse() *cobra.Command {
 	return cmd
 }
 
-// parseFuseOptions reads the argument of composefs-fuse's -o.
-func parseFuseOptions(s string) (image string, objects []string, err error) {
+// parseFuseOptions reads the argument of composefs-fuse's -o; words are those
+// that mount's --options takes.
+func parseFuseOptions(s string) (image string, objects, words []string, err error) {
 	for _, option := range splitOptions(s) {
 		key, value, _ := strings.Cut(option, "=")
 		value = unescapeOption(value)
@@ -61,16 +64,18 @@ func parseFuseOptions(s string) (image string, objects []string, err error) {
 			image = value
 		case "basedir":
 			objects = strings.FieldsFunc(value, func(c rune) bool { return c == ':' })
-		case "noacl", "ro", "default_permissions", "allow_other", "nodev", "nosuid":
+		case "nodev", "nosuid", "allow_other":
+			words = append(words, key)
+		case "noacl", "ro", "default_permissions":
 		default:
-			return "", nil, fmt.Errorf("unknown option %q", option)
+			return "", nil, nil, fmt.Errorf("unknown option %q", option)
 		}
 	}
 	switch {
 	case image == "":
-		return "", nil, hint.Wrap(errors.New("no image"), "add -o source=IMAGE")
+		return "", nil, nil, hint.Wrap(errors.New("no image"), "add -o source=IMAGE")
 	case len(objects) == 0:
-		return "", nil, hint.Wrap(errors.New("no folder of objects"), "add -o basedir=DIR")
+		return "", nil, nil, hint.Wrap(errors.New("no folder of objects"), "add -o basedir=DIR")
 	}
-	return image, objects, nil
+	return image, objects, words, nil
 }
