@@ -39,9 +39,9 @@ DefaultDependencies=no
 [Service]
 Type=notify
 ExecStart=%s mount --foreground --root %s --swap never --backend fuse oci:%s:%s %s
-FileDescriptorStoreMax=4
+FileDescriptorStoreMax=8
 # Which systemd 254 sets by itself
-Environment=FDSTORE=4
+Environment=FDSTORE=8
 Restart=on-failure
 RestartSec=10ms
 `, cfs, b.root, set.Layout(images.EStargz), images.Small, point),

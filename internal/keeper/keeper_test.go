@@ -384,7 +384,7 @@ func TestSystemdStore(t *testing.T) {
 	if s, _, err := FromSystemd(); s != nil || err != nil {
 		t.Errorf("with a store of nothing: %v, %v", s, err)
 	}
-	t.Setenv("FDSTORE", "4")
+	t.Setenv("FDSTORE", "2")
 	s, kept, err := FromSystemd()
 	if s == nil || kept != nil || err != nil {
 		t.Fatalf("with an empty store: %v, %v, %v", s, kept, err)
@@ -396,6 +396,10 @@ func TestSystemdStore(t *testing.T) {
 	defer w.Close()
 	if err := s.Keep(Kept{State: []byte("some\nwords"), Files: map[string]*os.File{"pipe": r}, Restarts: 3}); err != nil {
 		t.Fatal(err)
+	}
+	two := map[string]*os.File{"pipe": r, "another": w}
+	if err := s.Keep(Kept{Files: two}); err == nil || !strings.Contains(err.Error(), "FileDescriptorStoreMax=3") {
+		t.Errorf("more than the unit allows: %v, want how many it must", err)
 	}
 	r.Close()
 	if err := s.Ready(); err != nil {

@@ -13,12 +13,13 @@ import (
 // A Store is systemd's descriptor store of the service that this process is
 // (sd_notify(3), FDSTORE=1). It is used when the unit has
 // FileDescriptorStoreMax=, which systemd 254 and later say by $FDSTORE; for
-// older ones the unit can say it with Environment=FDSTORE=4.
+// older ones the unit can say it with Environment=FDSTORE=8.
 //
 // Descriptors have the names of Kept.Files, after storePrefix; a memory file
 // of one more name has the state, after the number of restarts and a newline.
 type Store struct {
 	socket string
+	most   int // descriptors that it takes; it drops others without a word
 	names  []string
 }
 
@@ -35,7 +36,7 @@ func FromSystemd() (*Store, *Kept, error) {
 	if socket == "" || err != nil || n <= 0 {
 		return nil, nil, nil
 	}
-	s := &Store{socket: socket}
+	s := &Store{socket: socket, most: n}
 	k := &Kept{Files: map[string]*os.File{}}
 	var state *os.File
 	for name, files := range activation.FilesWithNames() { // and takes $LISTEN_FDS away
@@ -77,6 +78,9 @@ func FromSystemd() (*Store, *Kept, error) {
 // Keep puts what a successor needs in the store, in place of what is there. A
 // nil error promises that systemd was told; it does not answer.
 func (s *Store) Keep(k Kept) error {
+	if n := len(k.Files) + 1; n > s.most {
+		return fmt.Errorf("systemd's descriptor store takes %d descriptors, the session has %d: the unit needs FileDescriptorStoreMax=%d or more", s.most, n, n)
+	}
 	fd, err := unix.MemfdCreate("cfs-fuse-state", unix.MFD_CLOEXEC)
 	if err != nil {
 		return fmt.Errorf("memfd_create: %w", err)
