@@ -87,6 +87,10 @@ type Options struct {
 	// Share is the memory and the rate of what this process fetches. Nil: the
 	// default's.
 	Share *fetcher.Share
+	// SpareMemory is called, if set, with how many bytes are about to be in
+	// memory besides what Share has, since nothing can be stored; with 0 when
+	// that is over. It must not take long.
+	SpareMemory func(bytes int64)
 	// Refresh asks a registry what a tag stands for, even if the store knows
 	// an answer. Local sources are always asked.
 	Refresh bool
@@ -280,7 +284,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 	for i, desc := range m.image.layers {
 		blobs[i] = m.src.Blob(desc)
 	}
-	m.spare = newSpareChunks(m.image.index, m.contents)
+	m.spare = newSpareChunks(m.image.index, m.contents, m.opts.SpareMemory)
 	return fetcher.New(m.image.index, blobs, m.spare, fetcher.FetchOptions{
 		Share: m.opts.Share, First: first, Metrics: m.opts.Metrics, Logger: m.log})
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 
@@ -24,6 +25,7 @@ const spareBytes = 64 << 20
 type spareChunks struct {
 	index *image.Index
 	store *cache.Contents
+	grow  func(bytes int64) // Options.SpareMemory; may be nil
 
 	count atomic.Int64 // of kept
 
@@ -44,8 +46,8 @@ type wanted struct {
 
 var _ fetcher.Sink = (*spareChunks)(nil)
 
-func newSpareChunks(x *image.Index, store *cache.Contents) *spareChunks {
-	return &spareChunks{index: x, store: store, wanted: map[*wanted]struct{}{}, kept: map[int][]byte{}}
+func newSpareChunks(x *image.Index, store *cache.Contents, grow func(int64)) *spareChunks {
+	return &spareChunks{index: x, store: store, grow: grow, wanted: map[*wanted]struct{}{}, kept: map[int][]byte{}}
 }
 
 // Missing reports whether a chunk is neither in the store nor in memory.
@@ -86,6 +88,9 @@ func (s *spareChunks) Put(chunk int, data []byte) error {
 	ch := s.index.Chunk(chunk)
 	if !s.room(ch.Size) && !s.isWanted(chunk) {
 		return err
+	}
+	if len(s.kept) == 0 && s.grow != nil {
+		s.grow(spareBytes)
 	}
 	kept := make([]byte, ch.Size) // of zeros, if data are nil
 	copy(kept, data)
@@ -137,11 +142,11 @@ func (s *spareChunks) drop(chunk int) {
 	delete(s.kept, chunk)
 	s.size -= int64(len(data))
 	s.count.Store(int64(len(s.kept)))
-	for i, c := range s.order {
-		if c == chunk {
-			s.order = append(s.order[:i], s.order[i+1:]...)
-			return
-		}
+	if i := slices.Index(s.order, chunk); i >= 0 {
+		s.order = slices.Delete(s.order, i, i+1)
+	}
+	if len(s.kept) == 0 && s.grow != nil {
+		s.grow(0)
 	}
 }
 

@@ -48,7 +48,7 @@ func (b *bytesFlag) Set(s string) error {
 const heapSlack = 32 << 20
 
 // limitHeap has the collector work harder when the heap grows beyond what is
-// being fetched, and some for the rest, unless GOMEMLIMIT says otherwise.
+// being fetched, or kept for readers, and some for the rest, unless GOMEMLIMIT says otherwise.
 func limitHeap(fetch int64) {
 	if os.Getenv("GOMEMLIMIT") == "" && fetch < math.MaxInt64-heapSlack {
 		debug.SetMemoryLimit(fetch + heapSlack)

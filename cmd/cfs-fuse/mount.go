@@ -207,6 +207,7 @@ const leaveTime = 2 * time.Second
 // ctx ends, or a successor is ready.
 func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready *readiness, before *session) error {
 	limitHeap(int64(f.memory))
+	f.opts.SpareMemory = func(bytes int64) { limitHeap(max(int64(f.memory), bytes)) }
 	reg := prometheus.NewRegistry()
 	f.opts.Metrics = metrics.New(reg)
 	if f.metricsAddr != "" {
