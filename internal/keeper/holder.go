@@ -71,7 +71,13 @@ func Hold(log *slog.Logger, over func(files map[string]*os.File) bool) error {
 	}
 	hurry()
 	h := &holder{log: log, over: over, events: make(chan event)}
-	if h.server, err = newPeer(l, os.Getppid()); err != nil {
+	pid, err := l.maker()
+	if err != nil {
+		return err
+	}
+	if h.server, err = newPeer(l, pid); errors.Is(err, unix.ESRCH) {
+		return nil // it has failed already, and left nothing to keep
+	} else if err != nil {
 		return err
 	}
 	go h.server.listen(h.events)

@@ -152,6 +152,23 @@ func (l *link) send(m message, files map[string]*os.File) error {
 	return err
 }
 
+// maker returns the process that made the link, which may have ended: unlike
+// the parent's number this one does not change then (SO_PEERCRED, unix(7)).
+func (l *link) maker() (pid int, err error) {
+	c, err := l.c.SyscallConn()
+	if err != nil {
+		return 0, err
+	}
+	var cred *unix.Ucred
+	if cerr := c.Control(func(n uintptr) { cred, err = unix.GetsockoptUcred(int(n), unix.SOL_SOCKET, unix.SO_PEERCRED) }); cerr != nil {
+		return 0, cerr
+	}
+	if err != nil {
+		return 0, fmt.Errorf("who made the link: %w", err)
+	}
+	return int(cred.Pid), nil
+}
+
 // duplicate returns a new descriptor of f; Fd would make f blocking.
 func duplicate(f *os.File) (fd int, err error) {
 	c, err := f.SyscallConn()

@@ -84,6 +84,10 @@ func actor(dir string) error {
 		if h, err = StartHolder(command, quiet); err != nil {
 			return err
 		}
+		if _, err := os.Stat(filepath.Join(dir, "nothing")); err == nil {
+			tell("%d", h.PID())
+			return nil
+		}
 		k := Kept{State: json.RawMessage(`"words"`), Files: map[string]*os.File{"pipe": pipe}}
 		if err := h.Keep(k, os.Args[1:]); err != nil {
 			return err
@@ -258,6 +262,31 @@ func TestHolderDies(t *testing.T) {
 }
 
 // What is over while nobody serves it ends the holder.
+// A server that ends before it has given its holder anything, and perhaps
+// before the holder has looked around, leaves none behind.
+func TestFailedAtOnce(t *testing.T) {
+	dir := t.TempDir()
+	for _, name := range []string{"fifo", "nothing"} {
+		if err := os.WriteFile(filepath.Join(dir, name), nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for range 20 {
+		if out, err := exec.Command(os.Args[0], "serve", dir).CombinedOutput(); err != nil {
+			t.Fatalf("%v: %s", err, out)
+		}
+	}
+	told, err := os.ReadFile(filepath.Join(dir, "told"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	holders := strings.Fields(string(told))
+	if len(holders) != 20 {
+		t.Fatalf("%d holders, want 20: %q", len(holders), told)
+	}
+	gone(t, holders...)
+}
+
 func TestOverWithoutServer(t *testing.T) {
 	s := newStage(t)
 	first := s.next("started")

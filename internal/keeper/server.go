@@ -299,7 +299,11 @@ func (h *Holder) Serving(s *Successor) {
 	}
 	h.mu.Lock()
 	defer h.mu.Unlock()
-	h.attach(s.link, os.Getppid())
+	pid, err := s.link.maker()
+	if err != nil {
+		h.log.Warn("who keeps the session is not known", "error", err)
+	}
+	h.attach(s.link, pid)
 }
 
 // spawn starts a process with its end of a link, in a session of its own or in
