@@ -191,7 +191,10 @@ func (s *Store) probe() error {
 			return nil
 		}
 	}
-	return unix.Unlinkat(s.stagingDir.fd, name, 0)
+	if err := unix.Unlinkat(s.stagingDir.fd, name, 0); !errors.Is(err, unix.ENOENT) {
+		return err
+	}
+	return nil // another process has swept the folder
 }
 
 // A bootID names one run of the machine.
