@@ -6,7 +6,23 @@ STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
 FUZZTIME  ?= 30s
 # Packages of Debian that the tests use: real registries, real unpackers, real
 # images, the kernel's own checkers.
-APT       := btrfs-progs cpio debian-archive-keyring debootstrap docker-registry e2fsprogs erofs-utils fsverity fuse3 nginx-light qemu-system-x86 skopeo systemd umoci util-linux xfsprogs xz-utils
+APT       := btrfs-progs \
+	cpio \
+	debian-archive-keyring \
+	debootstrap \
+	docker-registry \
+	e2fsprogs \
+	erofs-utils \
+	fsverity \
+	fuse3 \
+	nginx-light \
+	qemu-system-x86 \
+	skopeo \
+	systemd \
+	umoci \
+	util-linux \
+	xfsprogs \
+	xz-utils
 
 # Where 'install' puts things, and the names of the composefs tools that it
 # links to the command (mount(8) looks for its helper in sbin).
@@ -15,18 +31,20 @@ PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
 TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
 
-.PHONY: all build install demo test test-vm check unit race e2e fuzz bench deps clean help soak-faults bench-store soak-kill soak-budget truth soak-power bench-start bench-fs soak-hybrid soak-restart
-
+.PHONY: all
 all: build
 
+.PHONY: help
 help:
 	@sed -n 's/^## //p' Makefile
 
 ## build   the command, as bin/cfs-fuse
+.PHONY: build
 build:
 	$(GO) build -trimpath -o $(BIN) ./cmd/cfs-fuse
 
 ## install the command, and links to it under the names of the composefs tools
+.PHONY: install
 install: build
 	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/cfs-fuse
 	for t in $(TOOLS); do ln -sf cfs-fuse $(DESTDIR)$(PREFIX)/bin/$$t; done
@@ -34,93 +52,114 @@ install: build
 	ln -sf $(PREFIX)/bin/cfs-fuse $(DESTDIR)$(SBINDIR)/mount.composefs
 
 ## demo    the whole story on this machine, with no network: mount, run, fill, seal, swap
+.PHONY: demo
 demo: build
 	$(GO) run ./e2e/demo -bin $(BIN)
 
 ## test    everything that decides whether a change is good (installs what is missing; root)
+.PHONY: test
 test: deps
 	sh e2e/leaks.sh $(MAKE) --no-print-directory check race e2e test-vm fuzz
 
 ## check   formatting, vet, staticcheck
+.PHONY: check
 check:
 	@bad=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$bad" ]; then echo "not gofmt'ed: $$bad"; exit 1; fi
 	$(GO) vet ./...
 	$(GO) run $(STATICCHECK) ./...
 
 ## unit    unit tests, without the race detector and the end-to-end tests
+.PHONY: unit
 unit:
 	$(GO) test $$($(GO) list ./... | grep -v /e2e)
 
 ## race    unit tests with the race detector
+.PHONY: race
 race:
 	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/store' -e '/e2e/truth' -e '/e2e/vm')
 
 ## e2e     the binary against real registries, images and mounts (root)
+.PHONY: e2e
 e2e: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -p 1 -timeout 20m -count 1 ./e2e ./e2e/store
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 10m -count 1 -short ./e2e/truth
 
 ## truth   what is shown against what umoci and overlayfs show, large images too (6 minutes); writes docs/truth.md (root)
+.PHONY: truth
 truth: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 30m -count 1 ./e2e/truth -write
 
 ## test-vm fs-verity enforced, power cuts: in a machine with a Debian kernel (qemu, without KVM; no root needed)
+.PHONY: test-vm
 test-vm:
 	$(GO) test -timeout 15m -count 1 ./e2e/vm
 
 ## fuzz    each fuzz target for FUZZTIME (30s)
+.PHONY: fuzz
 fuzz:
 	GO=$(GO) FUZZTIME=$(FUZZTIME) sh e2e/fuzz.sh
 
 ## soak-faults  each wrong answer to each kind of request, 20 seeds (SEEDS), some ten minutes
 SEEDS     ?= 20
+.PHONY: soak-faults
 soak-faults:
 	CFS_FUSE_FAULT_SEEDS=$(SEEDS) $(GO) test -timeout 60m -count 1 -v -run 'TestFaultMatrix$$' ./fetcher
 
 ## deps    install the Debian packages that the tests need
+.PHONY: deps
 deps:
 	APT="$(APT)" sh e2e/deps.sh
 
 ## bench   the composefs tools beside mkfs.erofs and fsverity: medians and ratios (needs erofs-utils, fsverity)
+.PHONY: bench
 bench: build
 	APT="erofs-utils fsverity" sh e2e/deps.sh
 	$(GO) run ./e2e/bench -bin $(BIN)
 
 ## bench-store  a store of a million objects; filling beside 'tar x' (root, ext4 on a loop device)
+.PHONY: bench-store
 bench-store:
 	$(GO) run ./e2e/benchstore
 	$(GO) test ./cache -run '^$$' -bench 'Fill' -benchtime 5x
 
 ## soak-kill    1,000 processes that fill and read are killed (root; some minutes)
+.PHONY: soak-kill
 soak-kill:
 	CFS_FUSE_SOAK_KILLS=1000 $(GO) test ./e2e/store -count 1 -timeout 2h -v -run TestKillSoak
 
 ## soak-budget  fill, evict and mount again under half the budget, for an hour (root)
+.PHONY: soak-budget
 soak-budget:
 	CFS_FUSE_SOAK=1h $(GO) test ./e2e/store -count 1 -timeout 2h -v -run TestBudgetSoak
 
 ## soak-power   the power of a virtual machine that fills a store is cut 50 times (some minutes)
+.PHONY: soak-power
 soak-power:
 	$(GO) test -tags soakpower ./e2e/power -count 1 -timeout 2h -v
 
 ## bench-start first answer and every byte local, against a full pull, on four links (an hour, root; BENCH_ARGS=-help)
+.PHONY: bench-start
 bench-start: build
 	APT="$(APT)" sh e2e/deps.sh
 	$(GO) build -trimpath -o bin/benchstart ./e2e/benchstart
 	unshare --mount --propagation private bin/benchstart -bin $(BIN) $(BENCH_ARGS)
 
 ## bench-fs mounts beside ext4, overlayfs and passthrough: medians, ratios, FUSE requests (root, a quiet machine)
+.PHONY: bench-fs
 bench-fs: build
 	$(GO) run ./e2e/benchfs -bin $(BIN)
 
 ## soak-hybrid 100 images filled under eight readers, on live hybrid mounts (root)
+.PHONY: soak-hybrid
 soak-hybrid:
 	CFS_FUSE_FILLS=100 $(GO) test -timeout 30m -count 1 -v -run TestHybridFillsUnderReaders ./mount
 
 ## soak-restart  1,000 servers killed under eight readers, with each backend (root, 15 minutes)
+.PHONY: soak-restart
 soak-restart: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) CFS_FUSE_E2E_RESTARTS=1000 $(GO) test -timeout 40m -count 1 -v -run TestKilledUnderReaders ./e2e
 
 ## clean   remove what was built here
+.PHONY: clean
 clean:
 	rm -rf bin dist

@@ -69,8 +69,19 @@ func newRoot(g *global) *cobra.Command {
 	root.PersistentFlags().StringVar(&g.runtimeDir, "runtime-dir", defaultRuntime(), "`folder` of the records of what is mounted")
 	root.PersistentFlags().StringVar(&g.logLevel, "log-level", "info", "debug, info, warn or error")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
-	root.AddCommand(newMount(g), newUmount(g), newStatus(g), newWait(g), newSwap(g), newUpgrade(g), newHolder(g),
-		newVerify(g), newProfile(g), newCache(g), newErofs())
+	root.AddCommand(
+		newMount(g),
+		newUmount(g),
+		newStatus(g),
+		newWait(g),
+		newSwap(g),
+		newUpgrade(g),
+		newHolder(g),
+		newVerify(g),
+		newProfile(g),
+		newCache(g),
+		newErofs(),
+	)
 	return root
 }
 
