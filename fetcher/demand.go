@@ -19,6 +19,14 @@ type wait struct {
 	refs int           // Needs
 	done chan struct{} // closed when the span was brought, or not
 	err  error         // set before; errSkipped: ask again
+
+	ended time.Time // set before done is closed
+}
+
+// end lets go of who waits.
+func (w *wait) end(err error) {
+	w.err, w.ended = err, time.Now()
+	close(w.done)
 }
 
 // request finds or makes the jobs that bring the chunks, which are missing, and

@@ -38,6 +38,10 @@ type FetchOptions struct {
 	// Streams is how many ranges Fill receives at once. 0: 6.
 	Streams int
 
+	// Waited hears of each Need that had to wait, when it returns. Nil: nobody
+	// does. It is called from several goroutines and must not take long.
+	Waited func(Waited)
+
 	// Metrics counts requests, bytes and failed chunks. Nil: not counted.
 	Metrics *metrics.Metrics
 
@@ -111,7 +115,10 @@ type Fetcher struct {
 type layerBounds struct{ first, end int }
 
 // A waiter is a Need that waits.
-type waiter struct{ since time.Time }
+type waiter struct {
+	since  time.Time
+	waited Waited
+}
 
 // A reader remembers where in a content the last Need ended.
 type reader struct {
@@ -207,7 +214,7 @@ func (f *Fetcher) OldestWait() time.Duration {
 // number in the index. A nil error promises that each of them was Put. The
 // range is cut at the content's end. Errors are those of the package comment,
 // and ctx's own as soon as that ends.
-func (f *Fetcher) Need(ctx context.Context, content int, off, n int64) error {
+func (f *Fetcher) Need(ctx context.Context, content int, off, n int64) (err error) {
 	c := f.x.Content(content)
 	if off < 0 || n < 0 {
 		return fmt.Errorf("need %d bytes at %d of content %s: negative", n, off, c.Digest)
@@ -216,7 +223,15 @@ func (f *Fetcher) Need(ctx context.Context, content int, off, n int64) error {
 	if n <= 0 {
 		return nil
 	}
-	for w := (&waiter{time.Now()}); ; {
+	w := &waiter{since: time.Now()}
+	defer func() {
+		if w.waited.Bytes > 0 && f.opts.Waited != nil {
+			w.waited.Content, w.waited.Off, w.waited.N = content, off, n
+			w.waited.Since, w.waited.Total, w.waited.Err = w.since, time.Since(w.since), err
+			f.opts.Waited(w.waited)
+		}
+	}()
+	for {
 		if err := context.Cause(f.ctx); err != nil {
 			return err
 		}
@@ -290,6 +305,10 @@ func (f *Fetcher) await(ctx context.Context, w *waiter, content int, off, n int6
 	f.demanded++
 	f.pressing.Store(true)
 	f.resume.Broadcast() // a job with waits does not pause
+	since, before := time.Now(), make([]reading, len(waits))
+	for i, wt := range waits {
+		before[i] = wt.job.clock.read()
+	}
 	f.mu.Unlock()
 
 	left := waits
@@ -310,6 +329,7 @@ func (f *Fetcher) await(ctx context.Context, w *waiter, content int, off, n int6
 		f.leave(wt)
 	}
 	f.mu.Unlock()
+	w.waited.add(since, waits, len(waits)-len(left), before)
 	if err != nil {
 		return false, err
 	}

@@ -22,6 +22,7 @@ type job struct {
 	pos     atomic.Int64 // how far into the blob the body has been decoded
 	urgent  bool         // a prefetch that does not pause
 	dropped error        // set before f.end: what the spans' chunks were refused for
+	clock   clock
 
 	// Guarded by Fetcher.mu.
 	first, end int
@@ -66,8 +67,7 @@ func (f *Fetcher) passed(j *job, sp span, err error) {
 	j.next = sp.end
 	if w := j.waits[sp.first]; w != nil {
 		delete(j.waits, sp.first)
-		w.err = err
-		close(w.done)
+		w.end(err)
 	}
 }
 
@@ -81,8 +81,7 @@ func (f *Fetcher) end(j *job, err error) {
 	}
 	for first, w := range j.waits {
 		delete(j.waits, first)
-		w.err = err
-		close(w.done)
+		w.end(err)
 	}
 	f.resume.Broadcast()
 }
@@ -93,6 +92,8 @@ func (f *Fetcher) end(j *job, err error) {
 func (f *Fetcher) run(j *job) error {
 	s := scratches.Get().(*scratch)
 	defer s.keep()
+	j.clock.start()
+	sink := &timedSink{f.sink, &j.clock}
 	b := &jobBody{f: f, j: j, s: s}
 	defer b.close()
 	for chunk := j.first; chunk < f.jobEnd(j); {
@@ -111,7 +112,7 @@ func (f *Fetcher) run(j *job) error {
 			continue
 		}
 		r := &spanReader{r: s.body, left: sp.limit - sp.off}
-		wrong, err := store(j.ctx, f.x, sp, r, s, f.sink, f.memoryOf(j))
+		wrong, err := store(j.ctx, f.x, sp, r, s, sink, f.memoryOf(j))
 		b.at = sp.limit - r.left
 		if err == nil && len(wrong) > 0 {
 			wrong, err = f.again(j, b.body, sp, wrong)
@@ -287,6 +288,7 @@ func (b *jobBody) open(sp span) error {
 	b.f.mu.Unlock()
 	start := time.Now()
 	body, err := b.f.blobs[b.j.layer].ReadRange(b.j.ctx, sp.off, limit-sp.off)
+	tick(&b.j.clock.network, start)
 	if err != nil {
 		return err
 	}
@@ -313,6 +315,7 @@ func (b *jobBody) Read(p []byte) (int, error) {
 	if limit != nil {
 		p = p[:min(len(p), limit.slice())]
 	}
+	defer tick(&b.j.clock.network, time.Now())
 	n, err := b.src.Read(p)
 	b.f.link.received(n)
 	if limit != nil && n > 0 {
