@@ -210,6 +210,9 @@ func (l *layout) resolve() (*Manifest, error) {
 	var found []ocispec.Descriptor
 	for _, d := range x.Manifests {
 		tag := d.Annotations[ocispec.AnnotationRefName]
+		if tag == "" && d.ArtifactType != "" {
+			continue // about an image, not one
+		}
 		if tag != "" {
 			tags = append(tags, tag)
 		}
