@@ -58,7 +58,8 @@ func (k *Kept) Close() {
 }
 
 // A message is what holders and servers say to each other: JSON, in one
-// packet, with the descriptors that Names lists.
+// packet, with the descriptors that Names lists. Those of which there are more
+// than fit in a packet come before it, in packets that say doPart.
 type message struct {
 	Do       string          `json:"do"`
 	State    json.RawMessage `json:"state,omitempty"`
@@ -83,12 +84,14 @@ const (
 	doReady   = "ready"   // successor on standby: it could go on
 	doGo      = "go"      // holder: it may
 	doServing = "serving" // successor: it does
+	doPart    = "part"    // both: Names, some of those of the message that follows
 )
 
-// Bounds of a message.
+// Bounds of a message and of a packet.
 const (
 	maxMessage = 128 << 10
-	maxFiles   = 16
+	maxFiles   = 1024
+	maxPacket  = 128 // descriptors; the kernel takes 253 (SCM_MAX_FD, unix(7))
 )
 
 // A link is one end of a conversation.
@@ -126,7 +129,22 @@ func linkOf(f *os.File) (*link, error) {
 
 // send sends a message with files; m.Names is set from them.
 func (l *link) send(m message, files map[string]*os.File) error {
-	m.Names = slices.Sorted(maps.Keys(files))
+	names := slices.Sorted(maps.Keys(files))
+	if len(names) > maxFiles {
+		return fmt.Errorf("%s: %d descriptors are too much for a keeper, which takes %d", m.Do, len(names), maxFiles)
+	}
+	for len(names) > maxPacket {
+		if err := l.sendPacket(message{Do: doPart, Names: names[:maxPacket]}, files); err != nil {
+			return err
+		}
+		names = names[maxPacket:]
+	}
+	m.Names = names
+	return l.sendPacket(m, files)
+}
+
+// sendPacket sends a message with those of files that it names.
+func (l *link) sendPacket(m message, files map[string]*os.File) error {
 	var fds []int
 	for _, name := range m.Names {
 		// A copy, as the owner may close its own meanwhile.
@@ -141,8 +159,8 @@ func (l *link) send(m message, files map[string]*os.File) error {
 	if err != nil {
 		return err
 	}
-	if len(data) > maxMessage || len(fds) > maxFiles {
-		return fmt.Errorf("%s: %d bytes and %d descriptors are too much for a keeper", m.Do, len(data), len(fds))
+	if len(data) > maxMessage {
+		return fmt.Errorf("%s: %d bytes are too much for a keeper, which takes %d", m.Do, len(data), maxMessage)
 	}
 	var oob []byte
 	if len(fds) > 0 {
@@ -197,14 +215,33 @@ func copies(files map[string]*os.File) (map[string]*os.File, error) {
 
 // receive returns the next message and its files, which the caller owns.
 func (l *link) receive() (message, map[string]*os.File, error) {
+	files := map[string]*os.File{}
+	for {
+		m, err := l.receivePacket(files)
+		if err == nil && m.Do == doPart {
+			if len(files) <= maxFiles {
+				continue
+			}
+			err = fmt.Errorf("more than %d descriptors", maxFiles)
+		}
+		if err != nil {
+			(&Kept{Files: files}).Close()
+			return m, nil, err
+		}
+		return m, files, nil
+	}
+}
+
+// receivePacket adds the packet's files to files.
+func (l *link) receivePacket(files map[string]*os.File) (message, error) {
 	var m message
-	data, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFiles))
+	data, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxPacket))
 	n, oobn, flags, _, err := l.c.ReadMsgUnix(data, oob)
 	if err == nil && n == 0 {
 		err = net.ErrClosed
 	}
 	if err != nil {
-		return m, nil, err
+		return m, err
 	}
 	var fds []int
 	messages, err := unix.ParseSocketControlMessage(oob[:oobn])
@@ -221,16 +258,15 @@ func (l *link) receive() (message, map[string]*os.File, error) {
 	if err == nil && (flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || len(fds) != len(m.Names)) {
 		err = fmt.Errorf("%s: %d descriptors for %d names", m.Do, len(fds), len(m.Names))
 	}
-	files := map[string]*os.File{}
 	for i, fd := range fds {
 		unix.CloseOnExec(fd)
-		if err != nil {
+		if err != nil || files[m.Names[i]] != nil {
 			unix.Close(fd)
 			continue
 		}
 		files[m.Names[i]] = os.NewFile(uintptr(fd), m.Names[i])
 	}
-	return m, files, err
+	return m, err
 }
 
 // linkEnv names the descriptor of a child's end of a link.

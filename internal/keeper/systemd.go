@@ -3,6 +3,7 @@ package keeper
 import (
 	"fmt"
 	"os"
+	"slices"
 	"strconv"
 	"strings"
 
@@ -17,10 +18,12 @@ import (
 //
 // Descriptors have the names of Kept.Files, after storePrefix; a memory file
 // of one more name has the state, after the number of restarts and a newline.
+// Of Update's states, which have a number in their name, the last counts.
 type Store struct {
 	socket string
 	most   int // descriptors that it takes; it drops others without a word
 	names  []string
+	states int // the last number of a state of Update
 }
 
 const (
@@ -39,26 +42,34 @@ func FromSystemd() (*Store, *Kept, error) {
 	s := &Store{socket: socket, most: n}
 	k := &Kept{Files: map[string]*os.File{}}
 	var state *os.File
+	var states []string
+	defer func() { state.Close() }()                       // nil: no error that counts
 	for name, files := range activation.FilesWithNames() { // and takes $LISTEN_FDS away
 		rest, ours := strings.CutPrefix(name, storePrefix)
 		for i, f := range files {
+			number, isState := stateNumber(name)
 			switch {
 			case !ours || i > 0: // of each name there is one
 				f.Close()
-			case name == stateName:
-				state = f
+			case isState:
+				states = append(states, name)
+				if state != nil && number < s.states {
+					f.Close()
+					continue
+				}
+				state.Close()
+				state, s.states = f, number
 			default:
 				k.Files[rest] = f
 				s.names = append(s.names, name)
 			}
 		}
 	}
+	s.names = append(s.names, states...) // last: they are removed first
 	if state == nil {
 		k.Close()
 		return s, nil, nil
 	}
-	defer state.Close()
-	s.names = append(s.names, stateName)
 	data := make([]byte, maxMessage)
 	m, err := state.ReadAt(data, 0)
 	line, rest, ok := strings.Cut(string(data[:m]), "\n")
@@ -81,15 +92,11 @@ func (s *Store) Keep(k Kept) error {
 	if n := len(k.Files) + 1; n > s.most {
 		return fmt.Errorf("systemd's descriptor store takes %d descriptors, the session has %d: the unit needs FileDescriptorStoreMax=%d or more", s.most, n, n)
 	}
-	fd, err := unix.MemfdCreate("cfs-fuse-state", unix.MFD_CLOEXEC)
+	state, err := stateFile(k)
 	if err != nil {
-		return fmt.Errorf("memfd_create: %w", err)
-	}
-	state := os.NewFile(uintptr(fd), "state")
-	defer state.Close()
-	if _, err := fmt.Fprintf(state, "%d\n%s", k.Restarts, k.State); err != nil {
 		return err
 	}
+	defer state.Close()
 	if err := s.remove(); err != nil {
 		return err
 	}
@@ -99,6 +106,69 @@ func (s *Store) Keep(k Kept) error {
 		}
 	}
 	return s.add(stateName, state) // last: what is there with it is whole
+}
+
+// stateNumber returns the number in the name of a state, 0 if it has none.
+func stateNumber(name string) (n int, ok bool) {
+	rest, ok := strings.CutPrefix(name, stateName)
+	if !ok || rest == "" {
+		return 0, ok
+	}
+	n, err := strconv.Atoi(strings.TrimPrefix(rest, "-"))
+	return n, err == nil && n > 0
+}
+
+// Update is Keep for who changes what is kept while it is served, and gives
+// a name to one descriptor only, for ever: what is there already is not sent
+// again, and at each moment what a successor would be given is whole, as it was
+// before or as it is now.
+func (s *Store) Update(k Kept) error {
+	if n := len(k.Files) + 2; n > s.most {
+		return fmt.Errorf("systemd's descriptor store takes %d descriptors, there would be %d: the unit needs FileDescriptorStoreMax=%d or more", s.most, n, n)
+	}
+	state, err := stateFile(k)
+	if err != nil {
+		return err
+	}
+	defer state.Close()
+	before := s.names
+	wanted := map[string]bool{}
+	for name, f := range k.Files {
+		name = storePrefix + name
+		wanted[name] = true
+		if !slices.Contains(before, name) {
+			if err := s.add(name, f); err != nil {
+				return err
+			}
+		}
+	}
+	s.states++
+	if err := s.add(fmt.Sprintf("%s-%d", stateName, s.states), state); err != nil {
+		return err
+	}
+	for _, name := range slices.Backward(before) {
+		if wanted[name] {
+			continue
+		}
+		if err := s.notify("FDSTOREREMOVE=1\nFDNAME=" + name); err != nil {
+			return err
+		}
+		s.names = slices.DeleteFunc(s.names, func(n string) bool { return n == name })
+	}
+	return nil
+}
+
+func stateFile(k Kept) (*os.File, error) {
+	fd, err := unix.MemfdCreate("cfs-fuse-state", unix.MFD_CLOEXEC)
+	if err != nil {
+		return nil, fmt.Errorf("memfd_create: %w", err)
+	}
+	state := os.NewFile(uintptr(fd), "state")
+	if _, err := fmt.Fprintf(state, "%d\n%s", k.Restarts, k.State); err != nil {
+		state.Close()
+		return nil, err
+	}
+	return state, nil
 }
 
 func (s *Store) add(name string, f *os.File) error {
@@ -127,6 +197,9 @@ func (s *Store) Over() error { return s.remove() }
 
 // Ready tells systemd that the service is up.
 func (s *Store) Ready() error { return s.notify("READY=1") }
+
+// Alive tells systemd's watchdog that the service is well (WatchdogSec=).
+func (s *Store) Alive() error { return s.notify("WATCHDOG=1") }
 
 // notify sends a message as sd_pid_notify_with_fds(3) does, which the systemd
 // library for Go has without descriptors only.
