@@ -110,19 +110,21 @@ type Mount struct {
 	mountpoint string
 	source     string
 
-	store     *cache.Store
-	lease     *cache.Lease
-	held      image.Digest   // what lease is on
-	image     *preparedImage // nil for composefs: sources
-	contents  *cache.Contents
-	spare     *spareChunks // in front of contents
-	fetch     *fetcher.Fetcher
-	record    *recorder      // nil for composefs: sources
-	inherited []image.Access // the profile of a related image
-	src       fetcher.Source
-	reader    *erofs.Reader
-	server    *fusefs.Server
-	objects   *objectFolders // of a composefs: source
+	store *cache.Store
+	// sharedStore says that others use store too, and close it.
+	sharedStore bool
+	lease       *cache.Lease
+	held        image.Digest   // what lease is on
+	image       *preparedImage // nil for composefs: sources
+	contents    *cache.Contents
+	spare       *spareChunks // in front of contents
+	fetch       *fetcher.Fetcher
+	record      *recorder      // nil for composefs: sources
+	inherited   []image.Access // the profile of a related image
+	src         fetcher.Source
+	reader      *erofs.Reader
+	server      *fusefs.Server
+	objects     *objectFolders // of a composefs: source
 	// imageFile is the image of a composefs: source, for a successor.
 	imageFile *os.File
 	// What serves until the swap, and why.
@@ -498,7 +500,7 @@ func (m *Mount) release() {
 		m.contents.Close()
 	}
 	m.lease.Close()
-	if m.store != nil {
+	if m.store != nil && !m.sharedStore {
 		m.store.Close()
 	}
 	select {
