@@ -41,9 +41,11 @@ const readme = `This folder is a store of cfs-fuse: files of container images, k
   leases/     which images are in use, and when they last were
   pins/       which images are kept whatever happens
   quarantine/ damaged files that were moved aside
+  snapshotter/ what 'cfs-fuse snapshotter' has of containerd's containers
 
-Nothing here is the only copy of anything: what is missing is fetched again from
-the image's registry when it is needed. To free space, run
+Nothing here but what containers have written, in snapshotter/, is the only copy
+of anything: what is missing is fetched again from the image's registry when it
+is needed. To free space, run
 'cfs-fuse cache gc', or unmount every image ('cfs-fuse status' lists them) and
 delete the whole folder. Do not
 change files in place: mounted images read them directly.

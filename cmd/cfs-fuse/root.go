@@ -71,6 +71,8 @@ func newRoot(g *global) *cobra.Command {
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		newMount(g),
+		newSnapshotter(g),
+		newNodeHolder(g),
 		newUmount(g),
 		newStatus(g),
 		newWait(g),

@@ -1,0 +1,192 @@
+package snapshotter
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+	"syscall"
+
+	containerdmount "github.com/containerd/containerd/v2/core/mount"
+	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
+
+	"github.com/cfs-fuse/cfs-fuse/mount"
+)
+
+// A choice is what was the best state of an image when a snapshot over it was
+// made.
+type choice struct {
+	Origin mount.Origin `json:"origin"`
+	Stack  mount.Stack  `json:"stack"`
+	// Above are the ordinary snapshots, by their numbers, between the snapshot and
+	// the image, the topmost first.
+	Above []string `json:"above,omitempty"`
+}
+
+// choice returns what was stored with a snapshot, nil if nothing.
+func (s *Snapshotter) choice(id string) (*choice, error) {
+	var c choice
+	err := readJSON(s.choiceOf(id), &c)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	return &c, nil
+}
+
+// choose finds the first remote ancestor of a new snapshot, and takes the best
+// that there is of its tree now. It returns nil if there is none.
+func (s *Snapshotter) choose(ctx context.Context, parent string) (*choice, error) {
+	var above []string
+	remote := ""
+	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
+		for name := parent; name != "" && remote == ""; {
+			id, info, _, err := storage.GetInfo(ctx, name)
+			if err != nil {
+				return fmt.Errorf("parent %s: %w", name, err)
+			}
+			if s.isRemote(id) {
+				remote = id
+			} else {
+				above = append(above, id)
+			}
+			name = info.Parent
+		}
+		return nil
+	})
+	if err != nil || remote == "" {
+		return nil, err
+	}
+	c := &choice{Above: above}
+	if err := readJSON(s.originOf(remote), &c.Origin); err != nil {
+		return nil, err
+	}
+	tree, done, err := s.trees.open(ctx, c.Origin)
+	if err != nil {
+		return nil, fmt.Errorf("image %s: %w", c.Origin.Reference, err)
+	}
+	defer done()
+	if c.Stack, err = tree.Best(ctx); err != nil {
+		return nil, fmt.Errorf("image %s: %w", c.Origin.Reference, err)
+	}
+	return c, s.keepSessions()
+}
+
+// restore sees to it that the mounts of a stored choice are there.
+func (s *Snapshotter) restore(ctx context.Context, c *choice) error {
+	tree, done, err := s.trees.open(ctx, c.Origin)
+	if err == nil {
+		defer done()
+		err = tree.Restore(ctx, c.Stack)
+	}
+	if err != nil {
+		return fmt.Errorf("image %s: %w", c.Origin.Reference, err)
+	}
+	return s.keepSessions()
+}
+
+// mounts are what containerd has to mount for a snapshot.
+func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choice) []containerdmount.Mount {
+	var options []string
+	if s.opts.RemapIDs {
+		if v, ok := info.Labels[snapshots.LabelSnapshotUIDMapping]; ok {
+			options = append(options, "uidmap="+v)
+		}
+		if v, ok := info.Labels[snapshots.LabelSnapshotGIDMapping]; ok {
+			options = append(options, "gidmap="+v)
+		}
+	}
+	active := snap.Kind == snapshots.KindActive
+	if c == nil && (len(snap.ParentIDs) == 0 || !active && len(snap.ParentIDs) == 1) {
+		// overlayfs needs two folders.
+		dir, access := s.upper(snap.ID), "rw"
+		if !active {
+			access = "ro"
+			if len(snap.ParentIDs) == 1 {
+				dir = s.upper(snap.ParentIDs[0])
+			}
+		}
+		return []containerdmount.Mount{{Type: "bind", Source: dir, Options: append(options, access, "rbind")}}
+	}
+	if active {
+		options = append(options, "workdir="+s.workdir(snap.ID), "upperdir="+s.upper(snap.ID))
+	}
+	var lowers []string
+	ids := snap.ParentIDs
+	if c != nil {
+		ids = c.Above
+	}
+	for _, id := range ids {
+		lowers = append(lowers, s.upper(id))
+	}
+	if c != nil {
+		lowers = append(lowers, c.Stack.Lowerdir())
+	}
+	options = append(options, "lowerdir="+strings.Join(lowers, ":"))
+	options = append(options, s.overlay...)
+	if c != nil && len(c.Stack.Data) > 0 {
+		options = append(options, "metacopy=on")
+		if c.Stack.Enforced {
+			options = append(options, "verity=require")
+		}
+	}
+	return []containerdmount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+}
+
+// overlayOptions are those of every overlayfs. Folders can be renamed as on
+// other filesystems, not only copied (redirect_dir=); and a folder of
+// differences may be the lower of many, though it was an upper once (index=).
+// A kernel does not have the one that it has no parameter for.
+func overlayOptions() (options []string) {
+	for _, o := range []string{"redirect_dir=on", "index=off"} {
+		name, _, _ := strings.Cut(o, "=")
+		if exists("/sys/module/overlay/parameters/" + name) {
+			options = append(options, o)
+		}
+	}
+	return options
+}
+
+// ownUpper gives the folder of a new snapshot's differences the owner that its
+// root shall have: that of the root of what is below, or the one that root is
+// mapped to.
+func (s *Snapshotter) ownUpper(dir string, snap storage.Snapshot, info snapshots.Info, c *choice) error {
+	uidmap, umapped := info.Labels[snapshots.LabelSnapshotUIDMapping]
+	gidmap, gmapped := info.Labels[snapshots.LabelSnapshotGIDMapping]
+	if umapped || gmapped {
+		uid, err := mappedRoot(uidmap)
+		if err != nil {
+			return err
+		}
+		gid, err := mappedRoot(gidmap)
+		if err != nil {
+			return err
+		}
+		return os.Lchown(dir, uid, gid)
+	}
+	below := ""
+	switch {
+	case c != nil && len(c.Above) == 0:
+		below = c.Stack.Tree
+	case len(snap.ParentIDs) > 0:
+		below = s.upper(snap.ParentIDs[0])
+	default:
+		return nil
+	}
+	fi, err := os.Stat(below)
+	if err != nil {
+		return fmt.Errorf("root of the parent: %w", err)
+	}
+	st, ok := fi.Sys().(*syscall.Stat_t)
+	if !ok {
+		return fmt.Errorf("root of the parent %s: no owner", below)
+	}
+	if err := os.Chmod(dir, fi.Mode()&(os.ModePerm|os.ModeSetuid|os.ModeSetgid|os.ModeSticky)); err != nil {
+		return err
+	}
+	return os.Lchown(dir, int(st.Uid), int(st.Gid))
+}

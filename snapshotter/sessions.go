@@ -1,0 +1,150 @@
+package snapshotter
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"os"
+	"slices"
+	"strconv"
+	"sync"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/cfs-fuse/cfs-fuse/mount"
+)
+
+// Sessions are what a Keeper has kept: the FUSE sessions of the process before.
+type Sessions struct {
+	State json.RawMessage
+	Files map[string]*os.File
+}
+
+// A keptSession is what is kept of one tree's session.
+type keptSession struct {
+	Tree   string          `json:"tree"` // keyOf its Origin
+	Number int             `json:"number"`
+	Files  []string        `json:"files"` // kept under these names, with a dash and the number
+	State  json.RawMessage `json:"state"` // of mount.Lowers
+}
+
+func (k keptSession) file(name string) string { return name + "-" + strconv.Itoa(k.Number) }
+
+// A register numbers the sessions, so that a name of a kept descriptor means
+// the same one for ever.
+type register struct {
+	mu      sync.Mutex
+	next    int
+	numbers map[*os.File]int // by /dev/fuse
+	last    string           // the state that was kept last
+}
+
+// keepSessions gives the sessions that there are now to the keeper, if they are
+// not those that it has.
+func (s *Snapshotter) keepSessions() error {
+	if s.opts.Keeper == nil {
+		return nil
+	}
+	r := &s.register
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	var all []keptSession
+	files := map[string]*os.File{}
+	numbers := map[*os.File]int{}
+	opened := s.trees.opened()
+	for _, key := range slices.Sorted(maps.Keys(opened)) {
+		state, some, ok := opened[key].Session()
+		if !ok {
+			continue
+		}
+		dev := mount.FuseFile(some)
+		n, ok := r.numbers[dev]
+		if !ok {
+			r.next++
+			n = r.next
+		}
+		numbers[dev] = n
+		k := keptSession{Tree: key, Number: n, Files: slices.Sorted(maps.Keys(some)), State: state}
+		for name, f := range some {
+			files[k.file(name)] = f
+		}
+		all = append(all, k)
+	}
+	r.numbers = numbers
+	state, err := json.Marshal(all)
+	if err != nil || string(state) == r.last {
+		return err
+	}
+	if err := s.opts.Keeper.Keep(state, files); err != nil {
+		return fmt.Errorf("keep the sessions of %d images: %w", len(all), err)
+	}
+	r.last = string(state)
+	return nil
+}
+
+// resume goes on with the sessions of the process before, and returns when all
+// that can be are served.
+func (s *Snapshotter) resume(ctx context.Context, kept *Sessions) {
+	if kept == nil {
+		return
+	}
+	used := map[string]bool{}
+	defer func() {
+		for name, f := range kept.Files {
+			if !used[name] {
+				f.Close()
+			}
+		}
+	}()
+	var all []keptSession
+	if err := json.Unmarshal(kept.State, &all); err != nil {
+		s.log.Error("the sessions of the process before cannot be continued", "error", err)
+		return
+	}
+	origins := map[string]mount.Origin{}
+	remote, chosen, err := s.origins(ctx)
+	if err != nil {
+		s.log.Error("the images of snapshots cannot be listed", "error", err)
+	}
+	for _, o := range append(remote, chosen...) {
+		origins[keyOf(o)] = o
+	}
+	var g errgroup.Group
+	s.register.numbers = map[*os.File]int{}
+	for _, k := range all {
+		files := map[string]*os.File{}
+		for _, name := range k.Files {
+			if f := kept.Files[k.file(name)]; f != nil {
+				files[name] = f
+			}
+		}
+		origin, ok := origins[k.Tree]
+		switch {
+		case mount.SessionOver(files):
+			continue
+		case !ok:
+			s.log.Error("a session of the process before is of no image that is known", "tree", k.Tree)
+			continue
+		}
+		s.register.next = max(s.register.next, k.Number)
+		s.register.numbers[mount.FuseFile(files)] = k.Number
+		for _, name := range k.Files {
+			used[k.file(name)] = true
+		}
+		g.Go(func() error {
+			_, done, err := s.trees.openWith(ctx, origin, func(l *mount.Lowers) error { return l.Resume(k.State, files) })
+			if err != nil {
+				s.log.Error("the session of an image cannot be continued: containers that use it see errors where it is not local",
+					"image", origin.Reference, "error", err)
+				for _, f := range files {
+					f.Close()
+				}
+				return nil
+			}
+			done()
+			return nil
+		})
+	}
+	g.Wait()
+}
