@@ -63,6 +63,8 @@ type Options struct {
 	// AllowOther lets other users in. As root everybody is let in, as on any
 	// filesystem; without root /etc/fuse.conf must have user_allow_other.
 	AllowOther bool
+	// Context, if not empty, is the SELinux context of all files; as root only.
+	Context string
 	// Metrics and Logger may be nil.
 	Metrics *metrics.Metrics
 	Logger  *slog.Logger
@@ -189,14 +191,19 @@ func serveDetached(fsys fuse.RawFileSystem, s *session, o *fuse.MountOptions) (*
 		return nil, nil, fmt.Errorf("open /dev/fuse: %w", err)
 	}
 	dev := os.NewFile(uintptr(fd), "/dev/fuse")
-	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY|s.opts.Attributes,
+	params := []kmount.Param{
 		kmount.Flag("ro"),
 		kmount.String("source", o.FsName), kmount.String("subtype", o.Name),
 		kmount.String("fd", strconv.Itoa(fd)),
 		kmount.String("rootmode", strconv.FormatUint(unix.S_IFDIR, 8)),
 		kmount.String("user_id", "0"), kmount.String("group_id", "0"),
 		kmount.Flag("default_permissions"), kmount.Flag("allow_other"),
-		kmount.String("max_read", strconv.Itoa(o.MaxWrite)))
+		kmount.String("max_read", strconv.Itoa(o.MaxWrite)),
+	}
+	if s.opts.Context != "" {
+		params = append(params, kmount.String("context", s.opts.Context))
+	}
+	m, err := kmount.New("fuse", unix.MOUNT_ATTR_RDONLY|s.opts.Attributes, params...)
 	if err != nil {
 		dev.Close()
 		return nil, nil, err

@@ -36,8 +36,8 @@ type ComposefsOptions struct {
 	Upper, Work string
 	// ReadOnly makes the mount read-only even with Upper.
 	ReadOnly bool
-	// IDMap, if not empty, is the path of a user namespace (/proc/PID/ns/user)
-	// by which the image's user and group IDs are mapped.
+	// IDMap, if not empty, maps the image's user and group IDs, as View.IDMap
+	// does.
 	IDMap string
 }
 
@@ -83,7 +83,12 @@ func composefsMount(imagePath string, o ComposefsOptions) (*os.File, error) {
 	}
 	defer lower.Close()
 	if o.IDMap != "" {
-		if err := idmap(lower, o.IDMap); err != nil {
+		userns, err := openUserns(o.IDMap)
+		if err != nil {
+			return nil, err
+		}
+		defer userns.Close()
+		if err := idmap(lower, userns); err != nil {
 			return nil, err
 		}
 	}
@@ -153,20 +158,6 @@ func checkImage(image *os.File, want []byte) error {
 		"enable fs-verity on the image (fsverity enable)")
 }
 
-// idmap maps the IDs that a mount shows by the user namespace at path.
-func idmap(m *os.File, path string) error {
-	ns, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOCTTY, 0)
-	if err != nil {
-		return fmt.Errorf("user namespace: %w", err)
-	}
-	defer ns.Close()
-	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
-	if err := unix.MountSetattr(int(m.Fd()), "", unix.AT_EMPTY_PATH, &attr); err != nil {
-		return fmt.Errorf("map the IDs of the image by %s: %w", path, err)
-	}
-	return nil
-}
-
 // An overlay is an overlayfs over the EROFS mount of a composefs image.
 type overlay struct {
 	source      string
@@ -174,6 +165,7 @@ type overlay struct {
 	objects     []string // data-only lowers
 	data        *os.File // a detached mount, as the last of them; may be nil
 	upper, work string   // both or none
+	context     string   // of SELinux
 	readOnly    bool
 	enforce     bool // verity=require
 }
@@ -211,6 +203,9 @@ func (o *overlay) build() (*os.File, error) {
 	}
 	if o.enforce {
 		params = append(params, kmount.String("verity", "require"))
+	}
+	if o.context != "" {
+		params = append(params, kmount.String("context", o.context))
 	}
 	dirs := append([]string{o.upper, o.work}, o.objects...)
 	if o.data != nil {

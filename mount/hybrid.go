@@ -41,11 +41,14 @@ func (m *Mount) serveHybrid(contents *lazyContents, o fusefs.Options) error {
 	if err != nil {
 		return err
 	}
-	over, err := hybridMount(m.reader, m.image.path(lazyName), m.store.ContentsDir(), data)
+	over, err := hybridMount(m.reader, m.image.path(lazyName), m.store.ContentsDir(), data, m.view)
 	data.Close() // overlayfs has its own reference
 	if err == nil {
 		defer over.Close()
-		if err = openFirst(over, m.reader); err == nil {
+		if m.view.Upper == "" { // else what it opens could be anything
+			err = openFirst(over, m.reader)
+		}
+		if err == nil {
 			err = kmount.Restrict(over, m.opts.Attributes)
 		}
 		if err == nil {
@@ -71,22 +74,24 @@ func (m *Mount) serveHybrid(contents *lazyContents, o fusefs.Options) error {
 // hybridMount builds the overlayfs over an image, a folder of whole contents,
 // and a FUSE mount of all, visible nowhere yet. Its source is the path of the
 // image, by which it is recognised.
-func hybridMount(r *erofs.Reader, imagePath, contents string, data *os.File) (*os.File, error) {
+func hybridMount(r *erofs.Reader, imagePath, contents string, data *os.File, view shownView) (*os.File, error) {
 	image, err := os.Open(imagePath)
 	if err != nil {
 		return nil, fmt.Errorf("mount the lazy image: %w", err)
 	}
 	defer image.Close()
-	lower, err := erofsMount(kmount.Path(image), !r.Header().HasACL)
+	lower, err := view.erofs(kmount.Path(image), !r.Header().HasACL)
 	if err != nil {
 		return nil, err
 	}
 	defer lower.Close()
 	o := overlay{
 		source: imagePath[max(0, len(imagePath)-kmount.MaxString):], lower: lower,
-		objects: []string{contents}, data: data, readOnly: true,
+		objects: []string{contents}, data: data,
 	}
-	return o.mount()
+	view.apply(&o)
+	m, err := o.mount()
+	return m, view.withContext(err)
 }
 
 // openFirst opens the first file of the image that has its bytes elsewhere,
@@ -142,7 +147,7 @@ func tryHybrid(dir string) (err error) {
 		return err
 	}
 	defer func() { <-srv.Done() }()
-	over, err := hybridMount(r, imagePath, contents, data)
+	over, err := hybridMount(r, imagePath, contents, data, shownView{})
 	data.Close()
 	if err != nil {
 		return err
@@ -216,6 +221,8 @@ func (m *Mount) chooseBackend() (hybrid bool, why string, err error) {
 	switch {
 	case err == nil:
 		return true, "tried, and the kernel can", nil
+	case m.view.overlayOnly():
+		return false, "", hint.Wrap(fmt.Errorf("--idmap and --upperdir need the hybrid backend: %w", err), "leave them out, or wait until the image is sealed")
 	case m.opts.Backend == Hybrid:
 		return false, "", hint.Wrap(fmt.Errorf("--backend hybrid: %w", err), "use --backend fuse, or auto")
 	}
@@ -246,7 +253,11 @@ func (m *Mount) letGo() error {
 		return fmt.Errorf("let go of FUSE: fspick: %w", err)
 	}
 	defer unix.Close(ctx)
-	if err := unix.FsconfigSetFlag(ctx, "ro"); err != nil {
+	access := "ro"
+	if m.view.Upper != "" && !m.view.ReadOnly {
+		access = "rw"
+	}
+	if err := unix.FsconfigSetFlag(ctx, access); err != nil {
 		return fmt.Errorf("let go of FUSE: %w", err)
 	}
 	if err := unix.FsconfigReconfigure(ctx); err != nil {

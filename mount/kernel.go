@@ -16,8 +16,8 @@ import (
 // objects, visible nowhere yet. With a digest the kernel must vouch that the
 // image has that fs-verity digest, and overlayfs checks the one of each object
 // that is opened. A nil error promises that a file of the image was opened and
-// read through the mount.
-func kernelMount(imagePath, objects string, digest []byte) (*os.File, error) {
+// read through the mount, or with an upper folder through one without it.
+func kernelMount(imagePath, objects string, digest []byte, view shownView) (*os.File, error) {
 	// All that follows uses this descriptor, so that the image that is measured
 	// is the one that is mounted.
 	image, err := os.Open(imagePath)
@@ -35,21 +35,33 @@ func kernelMount(imagePath, objects string, digest []byte) (*os.File, error) {
 		return nil, fmt.Errorf("%s: %w", imagePath, err)
 	}
 	defer r.Close()
-	lower, err := erofsMount(kmount.Path(image), !r.Header().HasACL)
-	if err != nil {
-		return nil, err
+	build := func(view shownView) (*os.File, error) {
+		lower, err := view.erofs(kmount.Path(image), !r.Header().HasACL)
+		if err != nil {
+			return nil, err
+		}
+		defer lower.Close()
+		// Mount tables show the image, or as much of its path as they can.
+		o := overlay{source: imagePath[max(0, len(imagePath)-kmount.MaxString):], lower: lower, objects: []string{objects}, enforce: digest != nil}
+		view.apply(&o)
+		return o.mount()
 	}
-	defer lower.Close()
-	// Mount tables show the image, or as much of its path as they can.
-	m, err := overlayMount(imagePath[max(0, len(imagePath)-kmount.MaxString):], lower, objects, digest != nil)
+	// What is tried must not be hidden by what is in the upper folder.
+	tried := view
+	tried.Upper, tried.Work = "", ""
+	m, err := build(tried)
 	if err != nil {
-		return nil, err
+		return nil, view.withContext(err)
 	}
 	if err := probe(m, r); err != nil {
 		m.Close()
 		return nil, fmt.Errorf("try the kernel mount of %s: %w", imagePath, err)
 	}
-	return m, nil
+	if view.Upper == "" {
+		return m, nil
+	}
+	m.Close()
+	return build(view)
 }
 
 // erofsMount mounts the image from its file, or from a loop device where the
@@ -69,12 +81,6 @@ func erofsMount(imagePath string, noACL bool) (*os.File, error) {
 	}
 	defer dev.Close() // autoclear: the mount alone keeps it
 	return kmount.New("erofs", unix.MOUNT_ATTR_RDONLY, append(params, kmount.String("source", dev.Name()))...)
-}
-
-// overlayMount stacks the EROFS mount over the objects as a data-only lower.
-func overlayMount(source string, lower *os.File, objects string, enforce bool) (*os.File, error) {
-	o := overlay{source: source, lower: lower, objects: []string{objects}, readOnly: true, enforce: enforce}
-	return o.mount()
 }
 
 func escapeLower(path string) string {

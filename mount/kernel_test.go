@@ -66,7 +66,7 @@ func attach(t *testing.T, m *os.File) string {
 func TestKernelMount(t *testing.T) {
 	big := strings.Repeat("block ", 100_000)
 	imagePath, objects := composefsImage(t, map[string]string{"a": "alpha", "b": big})
-	m, err := kernelMount(imagePath, objects, nil)
+	m, err := kernelMount(imagePath, objects, nil, shownView{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -90,7 +90,7 @@ func TestKernelMount(t *testing.T) {
 // there, and verity on a kernel without it.
 func TestKernelMountProbes(t *testing.T) {
 	imagePath, objects := composefsImage(t, map[string]string{"a": "alpha"})
-	if _, err := kernelMount(imagePath, t.TempDir(), nil); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EIO) {
+	if _, err := kernelMount(imagePath, t.TempDir(), nil, shownView{}); !errors.Is(err, unix.ENOENT) && !errors.Is(err, unix.EIO) {
 		t.Errorf("without objects: %v, want ENOENT or EIO", err)
 	}
 	digest, err := measure(imagePath)
@@ -99,14 +99,14 @@ func TestKernelMountProbes(t *testing.T) {
 	}
 	// The objects have no fs-verity, so that enforcing it must fail, on a
 	// kernel that knows it and on one that does not.
-	if m, err := kernelMount(imagePath, objects, digest[:]); err == nil {
+	if m, err := kernelMount(imagePath, objects, digest[:], shownView{}); err == nil {
 		m.Close()
 		t.Error("verity was enforced on objects without fs-verity")
 	}
 	// An image with another digest than the recorded one is not mounted at all.
 	other := digest
 	other[0] ^= 1
-	_, err = kernelMount(imagePath, objects, other[:])
+	_, err = kernelMount(imagePath, objects, other[:], shownView{})
 	if mismatch, ok := errors.AsType[*verity.MismatchError](err); !ok || !bytes.Equal(mismatch.Got, digest[:]) {
 		t.Errorf("an image with another digest: %v, want a mismatch with the right one", err)
 	}
@@ -114,7 +114,7 @@ func TestKernelMountProbes(t *testing.T) {
 	if err := os.WriteFile(damaged, bytes.Repeat([]byte{0xe0}, 16384), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := kernelMount(damaged, objects, nil); err == nil {
+	if _, err := kernelMount(damaged, objects, nil, shownView{}); err == nil {
 		t.Error("a file of noise was mounted")
 	}
 }
@@ -132,7 +132,8 @@ func TestLoopDevice(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m, err := overlayMount(imagePath, lower, objects, false)
+	o := overlay{source: imagePath, lower: lower, objects: []string{objects}, readOnly: true}
+	m, err := o.mount()
 	lower.Close()
 	if err != nil {
 		t.Fatal(err)
@@ -186,7 +187,7 @@ func TestKernelMountEnforces(t *testing.T) {
 	if obtained, err := tryEnforced(imagePath, objects, digest); obtained != verityEnforced || err != nil {
 		t.Fatalf("tried: %q, %v; want it enforced", obtained, err)
 	}
-	m, err := kernelMount(imagePath, objects, digest[:])
+	m, err := kernelMount(imagePath, objects, digest[:], shownView{})
 	if err != nil {
 		t.Fatal(err)
 	}

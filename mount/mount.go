@@ -73,6 +73,8 @@ type Options struct {
 	// or'ed. AllowOther lets other users in without root; with root they are.
 	Attributes int
 	AllowOther bool
+	// View is how the tree is shown, before the swap and after it.
+	View View
 	// Swap is Auto (also when empty), Never or Require; Verity is Try (also
 	// when empty), Require or Off.
 	Swap, Verity Policy
@@ -109,6 +111,7 @@ type Mount struct {
 	log        *slog.Logger
 	mountpoint string
 	source     string
+	view       shownView
 
 	store *cache.Store
 	// sharedStore says that others use store too, and close it.
@@ -178,6 +181,12 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 			m.release()
 		}
 	}()
+	if err = m.openView(nil); err != nil {
+		return nil, err
+	}
+	if err = m.view.checkUpper(); err != nil {
+		return nil, err
+	}
 	if path, ok := composefsSource(source); ok {
 		return m, m.startComposefs(path)
 	}
@@ -205,6 +214,9 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 				return m, err
 			}
 		}
+	}
+	if err = m.checkStays(); err != nil {
+		return nil, err
 	}
 	if err = m.serve(); err != nil {
 		return nil, err
@@ -237,6 +249,20 @@ func newMount(source, mountpoint string, o Options) *Mount {
 	return m
 }
 
+// openView checks how the tree is to be shown, and opens what that needs; the
+// userns is one that another process has kept, or nil.
+func (m *Mount) openView(userns *os.File) (err error) {
+	if err := m.opts.View.check(m.opts, m.source); err != nil {
+		userns.Close()
+		return err
+	}
+	if m.view, err = m.opts.View.open(userns); err != nil {
+		return err
+	}
+	m.status.IDMap, m.status.Upper, m.status.Work, m.status.Context = m.view.IDMap, m.view.Upper, m.view.Work, m.view.Context
+	return nil
+}
+
 func (m *Mount) startConductor() {
 	bg, stop := context.WithCancel(context.Background())
 	m.stop = stop
@@ -258,12 +284,14 @@ func (m *Mount) serve() error {
 	o := m.fuseOptions()
 	if hybrid {
 		err = m.serveHybrid(contents, o)
-		if err != nil && m.opts.Backend == AutoBackend {
+		if err != nil && m.opts.Backend == AutoBackend && !m.view.overlayOnly() {
 			hybrid, why = false, "not hybrid: "+oneLine(err.Error())
 		}
 	}
 	if !hybrid {
+		o.Context = m.view.Context
 		m.server, err = fusefs.Mount(m.mountpoint, m.reader, contents, o)
+		err = m.view.withContext(err)
 	} else if err != nil {
 		return fmt.Errorf("mount at %s: %w", m.mountpoint, err)
 	}
@@ -387,8 +415,8 @@ func (m *Mount) conduct(ctx context.Context) {
 		m.setSealed(rec)
 		m.log.Info("sealed", "composefs_digest", rec.Composefs.String(), "verity", rec.Verity)
 	}
-	if m.opts.Swap == Never {
-		m.note("swap: not wanted (--swap never)")
+	if why := m.stays(); why != "" {
+		m.note("swap: " + why)
 		return
 	}
 	if err := m.swap(); err != nil {
@@ -517,6 +545,7 @@ func (m *Mount) release() {
 		if m.image != nil {
 			m.image.close()
 		}
+		m.view.close()
 	default: // requests under way still read the maps; the process is leaving
 	}
 }

@@ -137,7 +137,7 @@ func (m *Mount) unsupported(rec *sealedRecord, err error) error {
 // tryEnforced finds out whether the kernel enforces the fs-verity digests of an
 // image on which it is enabled, by a mount that nobody sees.
 func tryEnforced(imagePath, objects string, digest hexDigest) (obtained string, err error) {
-	f, err := kernelMount(imagePath, objects, digest[:])
+	f, err := kernelMount(imagePath, objects, digest[:], shownView{})
 	if err != nil {
 		return verityEnabled, err
 	}

@@ -46,6 +46,7 @@ const (
 	controlFile  = "control"  // the socket that other commands connect to
 	imageFile    = "image"    // of a composefs: source, whose path may come to mean another one
 	leaseFile    = "lease"    // without it the image could be evicted while no process lives
+	usernsFile   = "userns"   // of --idmap, whose process may have ended
 )
 
 // FuseFile returns the /dev/fuse among kept files, nil if there is none.
@@ -81,6 +82,9 @@ func (m *Mount) KeepBy(k Keeper, c *Control, restarts int) error {
 	}
 	if m.lease != nil && m.lease.File() != nil {
 		files[leaseFile] = m.lease.File()
+	}
+	if m.view.userns != nil {
+		files[usernsFile] = m.view.userns
 	}
 	if err := k.Keep(state, files); err != nil {
 		return fmt.Errorf("keep the session: %w", err)
@@ -125,6 +129,9 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 			m.release()
 		}
 	}()
+	if err = m.openView(files[usernsFile]); err != nil {
+		return nil, err
+	}
 	m.firstBackend, m.firstReason = st.Backend, st.BackendReason
 	m.status.Backend, m.status.BackendReason = string(st.Backend), st.BackendReason
 	conn, err := fusesession.Resume(files[fuseFile], files[requestsFile], st.FUSE)

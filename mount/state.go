@@ -67,6 +67,11 @@ type Status struct {
 	// hexadecimal, once there is one.
 	ComposefsDigest   string  `json:"composefs_digest,omitempty"`
 	OldestWaitSeconds float64 `json:"oldest_wait_seconds"` // of a read that waits
+	// IDMap, Upper, Work and Context are as View has them, if set.
+	IDMap   string `json:"idmap,omitempty"`
+	Upper   string `json:"upperdir,omitempty"`
+	Work    string `json:"workdir,omitempty"`
+	Context string `json:"context,omitempty"`
 	// Note says why the state goes no further, if it does not.
 	Note string `json:"swap_note,omitempty"`
 	// StoreNote says that nothing can be stored, and why, while that is so.
@@ -172,8 +177,8 @@ func (m *Mount) WaitFor(ctx context.Context, state State) error {
 			return nil
 		case st.stuck != nil:
 			return fmt.Errorf("state %s %w: %w", state, ErrStuck, st.stuck)
-		case state == Swapped && m.opts.Swap == Never:
-			return fmt.Errorf("state %s %w: it was mounted with --swap never", state, ErrStuck)
+		case state == Swapped && m.stays() != "":
+			return fmt.Errorf("state %s %w: %s", state, ErrStuck, m.stays())
 		case m.server == nil && st.State < state:
 			return fmt.Errorf("state %s %w: this source is served as it is", state, ErrStuck)
 		}

@@ -50,7 +50,7 @@ func (m *Mount) sealedMount(rec sealedRecord) (f *os.File, verity string, err er
 	if m.opts.Verity != Off {
 		if rec.Verity == verityComputed {
 			reason = rec.Reason
-		} else if f, err := kernelMount(path, objects, rec.Composefs[:]); err == nil {
+		} else if f, err := m.enforcedMount(path, objects, rec.Composefs); err == nil {
 			return f, verityEnforced, nil
 		} else {
 			reason = err.Error()
@@ -60,8 +60,21 @@ func (m *Mount) sealedMount(rec sealedRecord) (f *os.File, verity string, err er
 				"put --root on a filesystem with fs-verity (ext4 made with -O verity, btrfs) on a kernel that has it, or use --verity try")
 		}
 	}
-	f, err = kernelMount(path, objects, nil)
+	f, err = kernelMount(path, objects, nil, m.view)
 	return f, "not enforced (kernel: " + reason + ")", err
+}
+
+// enforcedMount is a kernelMount that enforces all digests, those of what is in
+// an upper folder too.
+func (m *Mount) enforcedMount(path, objects string, digest hexDigest) (*os.File, error) {
+	if m.view.Upper != "" {
+		if file, err := m.view.withoutDigest(); err != nil {
+			return nil, err
+		} else if file != "" {
+			return nil, fmt.Errorf("%s has the image's bytes and not their digest, since its attributes were changed while none was enforced", file)
+		}
+	}
+	return kernelMount(path, objects, digest[:], m.view)
 }
 
 // mountSealed mounts a sealed image by the kernel, with no FUSE at all. It
@@ -105,6 +118,9 @@ func (m *Mount) swap() error {
 	defer m.swapping.Unlock()
 	if m.state() >= Swapped {
 		return nil // by hand, or before the hand came
+	}
+	if m.view.Upper != "" {
+		return errors.New(m.stays())
 	}
 	rec, ok := m.sealedRecord()
 	if !ok {
