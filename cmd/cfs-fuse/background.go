@@ -62,8 +62,9 @@ func (r *readiness) report(err error) {
 }
 
 // background runs this command line again in a session of its own, which
-// outlives us, and returns when that process reports.
-func background(ctx context.Context, runtimeDir, mountpoint string) error {
+// outlives us and has the given capabilities besides the usual ones, and returns
+// when that process reports.
+func background(ctx context.Context, runtimeDir, mountpoint string, capabilities []int) error {
 	abs, err := mount.ResolveMountpoint(mountpoint)
 	if err != nil {
 		return hint.Wrap(err, "name an existing folder (mkdir -p "+mountpoint+")")
@@ -88,7 +89,7 @@ func background(ctx context.Context, runtimeDir, mountpoint string) error {
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	err = startRestricted(cmd)
+	err = startRestricted(cmd, capabilities)
 	w.Close()
 	if err != nil {
 		return fmt.Errorf("start the background process: %w", err)

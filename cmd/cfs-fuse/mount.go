@@ -89,6 +89,10 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 	fl.StringVar(&f.backend, "backend", "auto", "`backend` until the swap: fuse, hybrid (the kernel's mount, with FUSE for what is not there yet; root), or auto")
 	fl.StringVar(&f.swap, "swap", "auto", "`policy` of the swap to a kernel mount: auto, never or require")
 	fl.StringSliceVarP(&f.options, "options", "o", nil, "`list` of mount(8)'s ro, nosuid, nodev, noexec, and allow_other for mounts without root")
+	fl.StringVar(&f.opts.View.IDMap, "idmap", "", "map the image's owners: `UIDS:GIDS`, each a list of IMAGE-HOST-COUNT, or a user namespace (/proc/PID/ns/user)")
+	fl.StringVar(&f.opts.View.Upper, "upperdir", "", "make the mount writable: what changes goes to the `folder`, which with --workdir is overlayfs's")
+	fl.StringVar(&f.opts.View.Work, "workdir", "", "an empty `folder` beside --upperdir, on the same filesystem")
+	fl.StringVar(&f.opts.View.Context, "context", "", "SELinux `context` of all files")
 	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
 	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
 	fl.BoolVar(&f.fill, "fill", true, "fetch in the background what nobody has read yet")
@@ -105,7 +109,8 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 // minMemory is what two chunks of the usual size take.
 const minMemory = 8 << 20
 
-// mountAttributes are the words of --options. A mount is read-only anyway.
+// mountAttributes are the words of --options. A mount without --upperdir is
+// read-only anyway.
 var mountAttributes = map[string]int{
 	"ro": 0, "allow_other": 0,
 	"nosuid": unix.MOUNT_ATTR_NOSUID, "nodev": unix.MOUNT_ATTR_NODEV, "noexec": unix.MOUNT_ATTR_NOEXEC,
@@ -139,6 +144,13 @@ func (f *mountFlags) check(g *global) error {
 		}
 		f.opts.Attributes |= attr
 		f.opts.AllowOther = f.opts.AllowOther || word == "allow_other"
+		f.opts.View.ReadOnly = f.opts.View.ReadOnly || word == "ro"
+	}
+	if err := mount.CheckIDMap(f.opts.View.IDMap); err != nil {
+		return usageError{fmt.Errorf("--idmap: %w", err)}
+	}
+	if (f.opts.View.Upper == "") != (f.opts.View.Work == "") {
+		return usageError{errors.New("--upperdir and --workdir go together: name both, or none")}
 	}
 	f.opts.Backend = mount.Backend(f.backend)
 	f.opts.Refresh, f.opts.NoFill = f.pull == "always", !f.fill
@@ -170,7 +182,7 @@ func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint stri
 		if err := checkSource(source, f.opts.Source); err != nil {
 			return err
 		}
-		return background(ctx, f.opts.Runtime, mountpoint)
+		return background(ctx, f.opts.Runtime, mountpoint, f.capabilities())
 	}
 	err = f.serve(ctx, source, mountpoint, ready, before)
 	if before.resumes() && err != nil {
@@ -181,6 +193,17 @@ func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint stri
 		return nil // the foreground command has said it
 	}
 	return err
+}
+
+// capabilities are those that the mount needs besides the usual ones.
+func (f *mountFlags) capabilities() (all []int) {
+	if f.opts.View.IDMap != "" {
+		all = append(all, forMapping...)
+	}
+	if f.opts.View.Upper != "" {
+		all = append(all, forWriting...)
+	}
+	return all
 }
 
 // checkSource refuses a source that cannot be one before a process is started

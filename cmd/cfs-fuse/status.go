@@ -108,6 +108,11 @@ func printStatus(out io.Writer, s mount.Status) error {
 	if requests > 0 {
 		row("fetched", "%s in %d requests", size(fetched), requests)
 	}
+	for _, extra := range [][2]string{{"idmap", s.IDMap}, {"upperdir", s.Upper}, {"context", s.Context}} {
+		if extra[1] != "" {
+			row(extra[0], "%s", extra[1])
+		}
+	}
 	row("verity", "%s", s.Verity)
 	if s.ComposefsDigest != "" {
 		row("composefs", "%s", s.ComposefsDigest)
