@@ -83,6 +83,16 @@ func newRoot(g *global) *cobra.Command {
 		newProfile(g),
 		newCache(g),
 		newErofs(),
+		newInspect(g),
+		newLs(g),
+		newTree(g),
+		newCat(g),
+		newStat(g),
+		newDu(g),
+		newFind(g),
+		newCp(g),
+		newDiff(g),
+		newLayers(g),
 	)
 	return root
 }
@@ -96,6 +106,9 @@ func run(ctx context.Context, args []string) int {
 	cmd, err := root.ExecuteContextC(ctx)
 	if err == nil {
 		return exitOK
+	}
+	if _, ok := errors.AsType[errPartial](err); ok {
+		return exitFailed // each was said already
 	}
 	code := exitCode(err)
 	advice := hint.Of(err)

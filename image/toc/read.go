@@ -349,3 +349,20 @@ func readAll(r io.Reader, size int64, compressed int) ([]byte, error) {
 	}
 	return b.Bytes(), nil
 }
+
+// Promised tells from the annotations of a layer's descriptor alone which format
+// the layer claims to have, and the digest of its TOC: of the JSON, or else of
+// its compressed bytes. ok is false if they promise none.
+func Promised(annotations map[string]string) (f Format, digest string, ok bool) {
+	p, err := parsePromises(annotations)
+	switch f = EStargz; {
+	case err != nil:
+		return 0, "", false
+	case p.position != nil || !p.compressed.IsZero():
+		f = ZstdChunked
+	}
+	if d := p.toc; !d.IsZero() {
+		return f, d.String(), true
+	}
+	return f, p.compressed.String(), !p.compressed.IsZero()
+}
