@@ -16,6 +16,7 @@ APT       := btrfs-progs \
 	fsverity \
 	fuse3 \
 	nginx-light \
+	prometheus \
 	qemu-system-x86 \
 	skopeo \
 	systemd \
@@ -50,6 +51,11 @@ install: build
 	for t in $(TOOLS); do ln -sf cfs-fuse $(DESTDIR)$(PREFIX)/bin/$$t; done
 	install -d $(DESTDIR)$(SBINDIR)
 	ln -sf $(PREFIX)/bin/cfs-fuse $(DESTDIR)$(SBINDIR)/mount.composefs
+
+## docs    what is generated of docs/ from the code
+.PHONY: docs
+docs:
+	$(GO) generate ./metrics
 
 ## demo    the whole story on this machine, with no network: mount, run, fill, seal, swap
 .PHONY: demo

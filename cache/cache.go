@@ -54,7 +54,7 @@ import (
 
 // Options of a store. The zero value is right.
 type Options struct {
-	Metrics *metrics.Metrics // counts chunks that could not be written; may be nil
+	Metrics *metrics.Metrics // counts chunks that could not be written, and evictions; may be nil
 	Logger  *slog.Logger     // nil: nothing is logged
 	Budget  Budget           // to which Put keeps, evicting what is not in use
 	BootID  string           // names this run of the machine; empty: ask the kernel

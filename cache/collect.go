@@ -118,6 +118,7 @@ func (s *Store) collect(ctx context.Context, o CollectOptions) (*Collected, erro
 	}
 	c.res.Over = max(0, c.over(u)-c.res.Freed)
 	if !o.DryRun {
+		s.metrics.Evicted(len(c.res.Evicted), c.res.Freed)
 		if err == nil && len(c.res.Removed) < len(o.Remove) {
 			err = fmt.Errorf("remove images: %w by now", ErrInUse)
 		}

@@ -206,6 +206,16 @@ func (m *meter) makeRoom(n int64) error {
 // forget makes the next use of the budget count the store.
 func (m *meter) forget() { os.Remove(filepath.Join(m.s.root, usageName)) }
 
+// Level returns, in bytes, what the store has on disk as far as was counted, what
+// its budget lets it have (0: any), and what is free of its filesystem.
+func (s *Store) Level() (used, budget, free int64) {
+	raw, err := os.ReadFile(filepath.Join(s.root, usageName))
+	if err == nil {
+		used, _ = parseUsage(raw)
+	}
+	return max(0, used+s.meter.pending.Load()), s.meter.budget.Size, s.meter.free()
+}
+
 // Room reports whether the store takes anything: nil promises that about a
 // megabyte could be stored just now. It evicts if there is a budget.
 func (s *Store) Room() error {

@@ -6,6 +6,7 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"net/url"
@@ -18,6 +19,7 @@ import (
 
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 // ErrClosed is what a closed Source or Fetcher answers.
@@ -150,6 +152,45 @@ func scrub(err error) error {
 		}
 	}
 	return &scrubbed{strings.Join(words, " "), err}
+}
+
+// errorKind says what kind of failure of one request to one host an error is,
+// in the words of package metrics.
+func errorKind(err error) string {
+	if status, ok := errors.AsType[*StatusError](err); ok {
+		switch {
+		case status.Status == http.StatusUnauthorized, status.Status == http.StatusForbidden:
+			return metrics.ErrorAuth
+		case status.gone():
+			return metrics.ErrorMissing
+		case status.Status == http.StatusTooManyRequests:
+			return metrics.ErrorLimit
+		case status.Status >= 500:
+			return metrics.ErrorServer
+		}
+		return metrics.ErrorRefused
+	}
+	if errors.Is(err, errStalled) || errors.Is(err, errTrickle) {
+		return metrics.ErrorStall
+	}
+	if errors.Is(err, docker.ErrInvalidAuthorization) {
+		return metrics.ErrorAuth
+	}
+	if _, ok := errors.AsType[*net.DNSError](err); ok {
+		return metrics.ErrorName
+	}
+	_, unknown := errors.AsType[x509.UnknownAuthorityError](err)
+	_, wrongFor := errors.AsType[x509.HostnameError](err)
+	_, invalid := errors.AsType[x509.CertificateInvalidError](err)
+	_, record := errors.AsType[tls.RecordHeaderError](err)
+	if unknown || wrongFor || invalid || record || strings.Contains(err.Error(), "HTTP response to HTTPS client") {
+		return metrics.ErrorTLS
+	}
+	_, op := errors.AsType[*net.OpError](err)
+	if op || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, io.EOF) || errors.Is(err, syscall.ECONNRESET) {
+		return metrics.ErrorNetwork
+	}
+	return metrics.ErrorAnswer
 }
 
 // advise adds to an error what a person can do about it.

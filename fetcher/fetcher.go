@@ -198,6 +198,13 @@ func (f *Fetcher) Stats() map[string]Work {
 // that the cost model counts with.
 func (f *Fetcher) Link() (latency time.Duration, bytesPerSecond float64) { return f.link.estimate() }
 
+// Waiting returns how many Needs wait now.
+func (f *Fetcher) Waiting() int {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.waiting)
+}
+
 // OldestWait returns for how long the Need that has waited longest has waited;
 // 0 when none waits.
 func (f *Fetcher) OldestWait() time.Duration {

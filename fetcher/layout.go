@@ -20,6 +20,7 @@ import (
 
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 // A layout is an image in an OCI image layout (image-spec, image-layout.md): a
@@ -280,7 +281,7 @@ func (b *fileBlob) ReadRange(ctx context.Context, off, n int64) (io.ReadCloser, 
 		err = fmt.Errorf("range of %d bytes at %d of %d bytes", n, off, s.Size())
 	}
 	if err != nil {
-		t.add(false, 0)
+		t.add(metrics.FromFile, false, 0)
 		return nil, fmt.Errorf("read blob %s: %w", b.name, err)
 	}
 	return &fileBody{ctx: ctx, name: b.name, r: io.NewSectionReader(s, off, n), left: n, tally: t}, nil
@@ -315,7 +316,7 @@ func (b *fileBody) Read(p []byte) (int, error) {
 }
 
 func (b *fileBody) Close() error {
-	b.tally.add(true, b.read)
+	b.tally.add(metrics.FromFile, true, b.read)
 	b.tally = nil
 	return nil
 }

@@ -12,6 +12,8 @@ import (
 	"time"
 
 	"github.com/containerd/containerd/v2/core/remotes/docker"
+
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 const maxRedirects = 5
@@ -56,6 +58,14 @@ func newHost(r *registry, index int, c docker.RegistryHost) *host {
 			auth: c.Authorizer, authAt: time.Now(), client: c.Client, turn: make(chan struct{}, 1),
 		},
 	}
+}
+
+// from says what the host is, in the words of package metrics.
+func (h *host) from() string {
+	if h.proxy {
+		return metrics.FromMirror
+	}
+	return metrics.FromRegistry
 }
 
 func (h *host) url(q *query) *url.URL {
@@ -141,7 +151,7 @@ func (h *host) get(ctx context.Context, q *query, target *url.URL) (_ *answer, e
 		}
 		resp, err := h.client.Do(req)
 		if err != nil {
-			a.tally.add(false, 0)
+			a.tally.add(h.from(), false, 0)
 			return nil, err
 		}
 		a.resp = resp
@@ -282,7 +292,7 @@ func (a *answer) Read(p []byte) (int, error) {
 func (a *answer) drain() {
 	n, _ := io.Copy(io.Discard, io.LimitReader(a.resp.Body, 16<<10))
 	a.resp.Body.Close()
-	a.tally.add(true, n)
+	a.tally.add(a.h.from(), true, n)
 }
 
 // close ends the request and counts it.
@@ -290,7 +300,7 @@ func (a *answer) close() {
 	a.stall.Stop()
 	if a.resp != nil && a.tally != nil {
 		a.resp.Body.Close()
-		a.tally.add(a.ok, a.got)
+		a.tally.add(a.h.from(), a.ok, a.got)
 		a.tally = nil
 	}
 	a.cancel(nil)

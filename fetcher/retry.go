@@ -179,6 +179,7 @@ func (r *registry) ask(ctx context.Context, q *query, skip, avoid int, try func(
 				return nil
 			}
 			errs[i] = err
+			r.opts.Metrics.SourceError(errorKind(err), h.name)
 			var retryAfter time.Duration
 			cost := 1
 			if status, ok := errors.AsType[*StatusError](err); ok {
@@ -343,6 +344,7 @@ func (b *registryBody) Read(p []byte) (n int, err error) {
 			cost = breakAfter
 		}
 		h.failed(time.Now(), err, cost, 0, b.b.r.maxPause())
+		b.b.r.opts.Metrics.SourceError(errorKind(err), h.name)
 		b.b.r.opts.Logger.Debug("a body broke off and is asked for again", "offset", b.off, "error", err)
 		b.cur.ok = false
 		b.cur.close()

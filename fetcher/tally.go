@@ -35,8 +35,9 @@ func tallyOf(ctx context.Context, other *tally) *tally {
 	return other
 }
 
-// add counts one finished request and the n bytes of body it gave.
-func (t *tally) add(ok bool, n int64) {
+// add counts one finished request and the n bytes of body it gave, from one of
+// the kinds of sources of package metrics.
+func (t *tally) add(from string, ok bool, n int64) {
 	if t == nil {
 		return
 	}
@@ -46,7 +47,7 @@ func (t *tally) add(ok bool, n int64) {
 	if !ok {
 		result = metrics.Failed
 	}
-	t.metrics.Request(t.class, result, n)
+	t.metrics.Request(t.class, from, result, n)
 }
 
 func (t *tally) work() Work { return Work{t.requests.Load(), t.bytes.Load()} }

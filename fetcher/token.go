@@ -40,6 +40,7 @@ type tokens struct {
 	authAt    time.Time      // when auth was made
 	challenge *http.Response // the last one, without body
 	next      time.Time      // when to get the next token; zero: not known
+	expires   time.Time      // when the last token that came ends; zero: there was none that does
 	renewing  bool
 }
 
@@ -148,7 +149,7 @@ func (h *host) authorize(auth docker.Authorizer, req *http.Request) error {
 	}
 	if err == nil && life.d > 0 {
 		h.mu.Lock()
-		h.next = time.Now().Add(life.d * 2 / 3)
+		h.next, h.expires = time.Now().Add(life.d*2/3), time.Now().Add(life.d)
 		h.mu.Unlock()
 	}
 	return err
@@ -186,6 +187,24 @@ func (h *host) renewAhead(auth docker.Authorizer) {
 			h.auth, h.authAt = fresh, time.Now()
 		}
 	})
+}
+
+// CredentialsExpire returns, by host, when the token ends that a registry source
+// was last given for it. Hosts that want none, and local sources, are not in it.
+func CredentialsExpire(s Source) map[string]time.Time {
+	r, ok := s.(*registry)
+	if !ok {
+		return nil
+	}
+	all := map[string]time.Time{}
+	for _, h := range r.hosts {
+		h.mu.Lock()
+		if !h.expires.IsZero() {
+			all[h.name] = h.expires
+		}
+		h.mu.Unlock()
+	}
+	return all
 }
 
 // A tokenLife receives, by way of a request's context, how long the token is

@@ -72,6 +72,8 @@ type Options struct {
 	// in a session of ServeObjects), the object and the error, before the reader
 	// gets its errno.
 	OnError func(nid uint64, object string, err error)
+	// OnFirstRead is called, if set, when the first read was answered.
+	OnFirstRead func()
 	// OnRequests is called, if set, after every 1,024 requests of the kernel,
 	// before the last of them is answered.
 	OnRequests func()

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -24,6 +25,7 @@ type session struct {
 	cancel   context.CancelCauseFunc
 	counts   [len(operations)]atomic.Int64
 	asked    atomic.Int64 // all of counts
+	first    sync.Once    // read that was answered
 }
 
 // requestsBetween is how many requests lie between two calls of OnRequests.
@@ -95,8 +97,11 @@ func short(n, want int, off uint64, err error) error {
 // fail reports an error that a program is about to get as an errno. The nid
 // is 0 where only the object is known.
 func (s *session) fail(nid uint64, object string, err error) fuse.Status {
-	if !errors.Is(err, context.Canceled) && s.opts.OnError != nil {
-		s.opts.OnError(nid, object, err)
+	if !errors.Is(err, context.Canceled) {
+		s.opts.Metrics.RequestFailed()
+		if s.opts.OnError != nil {
+			s.opts.OnError(nid, object, err)
+		}
 	}
 	return errno(err)
 }
@@ -104,6 +109,9 @@ func (s *session) fail(nid uint64, object string, err error) fuse.Status {
 // answered notes a READ that was answered.
 func (s *session) answered(source string, start time.Time) {
 	s.opts.Metrics.Read(source, time.Since(start))
+	if s.opts.OnFirstRead != nil {
+		s.first.Do(s.opts.OnFirstRead)
+	}
 }
 
 // operations are the requests that the kernel waits for, by the names that

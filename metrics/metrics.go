@@ -1,15 +1,20 @@
-// Package metrics holds the Prometheus collectors of one cfs-fuse process, on
-// a registry that its caller passes in. It knows no other package of ours and
-// starts no server.
+// Package metrics holds the Prometheus collectors of a cfs-fuse process, and
+// adds those of several processes up to a node's. It knows no other package of
+// ours and starts no server.
 //
-// Labels are few and closed (class, result, source, reason, state, operation): none
-// names an image, a layer or a file, so the number of series is fixed.
+// Labels are few and closed, or name what the node's configuration does (a
+// registry, the store's folder): none names an image, a layer or a file, so
+// the number of series is small. families.go has them all; docs/metrics.md is
+// made of it.
 //
 // Every method works on a nil *Metrics and then does nothing, so that a
 // package under test needs no collectors.
 package metrics
 
 import (
+	"runtime"
+	"runtime/debug"
+	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -23,10 +28,17 @@ const (
 	Metadata = "metadata" // manifests, configurations and tables of contents
 )
 
-// Results of a request to a registry or a local source.
+// Results of a request to a registry or a local source, and of a mount.
 const (
 	OK     = "ok"     // answered as asked
 	Failed = "failed" // no usable answer
+)
+
+// What answered a request.
+const (
+	FromRegistry = "registry"
+	FromMirror   = "mirror" // another host that hosts.toml names for the registry
+	FromFile     = "file"   // a local layout, archive or layer
 )
 
 // Sources of the bytes that answered a read.
@@ -43,18 +55,56 @@ const (
 	ReasonStore  = "store"  // its bytes could not be written
 )
 
+// Kinds of failures of a request to a registry.
+const (
+	ErrorAuth    = "auth"    // 401, 403, or no token
+	ErrorMissing = "missing" // 404, 410
+	ErrorLimit   = "limit"   // 429
+	ErrorServer  = "server"  // 5xx
+	ErrorRefused = "refused" // any other status
+	ErrorStall   = "stall"   // no answer in time, or hardly a byte
+	ErrorNetwork = "network" // no connection, or one that broke
+	ErrorName    = "dns"     // no address for the name
+	ErrorTLS     = "tls"     // a certificate, or no TLS at all
+	ErrorAnswer  = "answer"  // something else than was asked for
+)
+
+// Reasons why bytes of an image were not fetched.
+const (
+	PassedShared = "shared" // they were in the store when the image was mounted
+	PassedReused = "reused" // they were taken from chunks of other local files
+	PassedUnread = "unread" // the mount ended before they were needed
+)
+
+// Milestones of a mount.
+const (
+	Mounted   = "mounted"
+	FirstRead = "first_read"
+	Complete  = "complete"
+	Sealed    = "sealed"
+	Swapped   = "swapped"
+)
+
+// What fs-verity does for a mount.
+const (
+	VerityEnforced    = "enforced"
+	VerityNotEnforced = "not_enforced"
+	VerityNone        = "none" // not sealed yet
+)
+
 // Metrics are the collectors of one process.
 type Metrics struct {
-	requests   *prometheus.CounterVec
-	bytes      *prometheus.CounterVec
-	read       *prometheus.HistogramVec
-	fuse       *prometheus.CounterVec
-	chunks     *prometheus.CounterVec
-	state      *prometheus.GaugeVec
-	files      prometheus.Gauge
-	filesLocal prometheus.Gauge
-	size       prometheus.Gauge
-	sizeLocal  prometheus.Gauge
+	own *prometheus.Registry // of these alone
+
+	requests, bytes, passed, errors *prometheus.CounterVec
+	chunks, fuse, started           *prometheus.CounterVec
+	resumed, requestsFailed         *prometheus.CounterVec
+	evicted, freed                  *prometheus.CounterVec
+	read, milestone                 *prometheus.HistogramVec
+	watched                         watched
+
+	spooling sync.Mutex
+	spool    *spoolFile // guarded by spooling; nil: none
 }
 
 // New makes the collectors and registers them on reg. It panics, as
@@ -62,69 +112,67 @@ type Metrics struct {
 // names.
 func New(reg prometheus.Registerer) *Metrics {
 	m := &Metrics{
-		requests: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "cfs_fuse_source_requests_total",
-			Help: "Requests to the image's source, by class of work and result.",
-		}, []string{"class", "result"}),
-		bytes: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "cfs_fuse_source_bytes_total",
-			Help: "Bytes received from the image's source, by class of work and result.",
-		}, []string{"class", "result"}),
-		read: prometheus.NewHistogramVec(prometheus.HistogramOpts{
-			Name:                           "cfs_fuse_read_duration_seconds",
-			Help:                           "Time from a read request to its answer, by where its bytes were.",
-			Buckets:                        prometheus.ExponentialBuckets(10e-6, 4, 10),
-			NativeHistogramBucketFactor:    1.1,
-			NativeHistogramMaxBucketNumber: 100,
-		}, []string{"source"}),
-		fuse: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "cfs_fuse_requests_total",
-			Help: "Requests of the kernel to FUSE, by operation.",
-		}, []string{"operation"}),
-		chunks: prometheus.NewCounterVec(prometheus.CounterOpts{
-			Name: "cfs_fuse_chunks_failed_total",
-			Help: "Chunks that were not taken into the store, by reason.",
-		}, []string{"reason"}),
-		state: prometheus.NewGaugeVec(prometheus.GaugeOpts{
-			Name: "cfs_fuse_state",
-			Help: "1 for the state that the image is in, 0 for the others.",
-		}, []string{"state"}),
-		files: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "cfs_fuse_files", Help: "Distinct file contents of the image.",
-		}),
-		filesLocal: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "cfs_fuse_files_local", Help: "Distinct file contents of the image that are whole in the store.",
-		}),
-		size: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "cfs_fuse_image_bytes", Help: "Uncompressed bytes of the image's distinct file contents.",
-		}),
-		sizeLocal: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "cfs_fuse_image_local_bytes", Help: "Uncompressed bytes of the image's file contents that are in the store.",
-		}),
+		own:      prometheus.NewRegistry(),
+		requests: requestsFamily.counter(), bytes: fetchedFamily.counter(), passed: passedFamily.counter(), errors: errorsFamily.counter(),
+		chunks: chunksFamily.counter(), fuse: fuseFamily.counter(), started: startedFamily.counter(),
+		resumed: resumedFamily.counter(), requestsFailed: failedFamily.counter(),
+		evicted: evictedFamily.counter(), freed: freedFamily.counter(),
+		read:      readFamily.histogram(10e-6, 10),
+		milestone: milestoneFamily.histogram(5e-3, 12),
 	}
-	reg.MustRegister(m.requests, m.bytes, m.read, m.fuse, m.chunks, m.state, m.files, m.filesLocal, m.size, m.sizeLocal)
-	for _, class := range []string{Demand, Prefetch, Fill, Metadata} {
-		for _, result := range []string{OK, Failed} {
-			m.requests.WithLabelValues(class, result)
-			m.bytes.WithLabelValues(class, result)
-		}
-	}
-	for _, reason := range []string{ReasonDigest, ReasonDecode, ReasonFetch, ReasonStore} {
-		m.chunks.WithLabelValues(reason)
-	}
-	for _, source := range []string{Local, Registry} {
-		m.read.WithLabelValues(source)
+	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: buildFamily.Name, Help: buildFamily.Help}, buildFamily.labels())
+	build.WithLabelValues(Build()).Set(1)
+	for _, r := range []prometheus.Registerer{reg, m.own} {
+		r.MustRegister(m.requests, m.bytes, m.passed, m.errors, m.chunks, m.fuse, m.started, m.resumed, m.requestsFailed,
+			m.evicted, m.freed, m.read, m.milestone, &m.watched, build)
 	}
 	return m
 }
 
-// Request counts one request of a class and the n bytes of body it received.
-func (m *Metrics) Request(class, result string, n int64) {
+// Build returns the program's version, the revision of its source and the
+// version of its compiler, as the linker knows them; "unknown" for what it does
+// not.
+func Build() (version, revision, goversion string) {
+	version, revision, goversion = "unknown", "unknown", runtime.Version()
+	info, ok := debug.ReadBuildInfo()
+	if !ok {
+		return version, revision, goversion
+	}
+	if info.Main.Version != "" {
+		version = info.Main.Version
+	}
+	for _, s := range info.Settings {
+		if s.Key == "vcs.revision" {
+			revision = s.Value
+		}
+	}
+	return version, revision, goversion
+}
+
+// Request counts one request of a class and the n bytes of body it received
+// from FromRegistry, FromMirror or FromFile.
+func (m *Metrics) Request(class, from, result string, n int64) {
 	if m == nil {
 		return
 	}
-	m.requests.WithLabelValues(class, result).Inc()
-	m.bytes.WithLabelValues(class, result).Add(float64(n))
+	m.requests.WithLabelValues(class, from, result).Inc()
+	m.bytes.WithLabelValues(class, from, result).Add(float64(n))
+}
+
+// SourceError counts one failure of a kind of a request to a host.
+func (m *Metrics) SourceError(kind, host string) {
+	if m == nil {
+		return
+	}
+	m.errors.WithLabelValues(kind, host).Inc()
+}
+
+// NotFetched counts n bytes of an image that were not fetched, by reason.
+func (m *Metrics) NotFetched(reason string, n int64) {
+	if m == nil {
+		return
+	}
+	m.passed.WithLabelValues(reason).Add(float64(n))
 }
 
 // Read records how long one read took, by the source of its bytes.
@@ -133,6 +181,14 @@ func (m *Metrics) Read(source string, d time.Duration) {
 		return
 	}
 	m.read.WithLabelValues(source).Observe(d.Seconds())
+}
+
+// RequestFailed counts one request of the kernel that failed.
+func (m *Metrics) RequestFailed() {
+	if m == nil {
+		return
+	}
+	m.requestsFailed.WithLabelValues().Inc()
 }
 
 // FUSERequest counts one request of the kernel to FUSE, by operation in lower
@@ -152,27 +208,41 @@ func (m *Metrics) ChunkFailed(reason string) {
 	m.chunks.WithLabelValues(reason).Inc()
 }
 
-// State sets the gauge of state to 1 and that of every other name in all to 0.
-func (m *Metrics) State(state string, all []string) {
+// Started counts a mount that was begun, by OK or Failed.
+func (m *Metrics) Started(result string) {
 	if m == nil {
 		return
 	}
-	for _, s := range all {
-		v := 0.0
-		if s == state {
-			v = 1
-		}
-		m.state.WithLabelValues(s).Set(v)
-	}
+	m.started.WithLabelValues(result).Inc()
 }
 
-// Progress sets what is local of the image: distinct contents and their bytes.
-func (m *Metrics) Progress(files, filesLocal int, size, sizeLocal int64) {
+// Resumed counts a session that was taken over.
+func (m *Metrics) Resumed() {
 	if m == nil {
 		return
 	}
-	m.files.Set(float64(files))
-	m.filesLocal.Set(float64(filesLocal))
-	m.size.Set(float64(size))
-	m.sizeLocal.Set(float64(sizeLocal))
+	m.resumed.WithLabelValues().Inc()
+}
+
+// Milestone records how long after its start a mount of image reached a
+// milestone. The image, its manifest's digest, becomes an exemplar.
+func (m *Metrics) Milestone(milestone string, d time.Duration, image string) {
+	if m == nil {
+		return
+	}
+	h := m.milestone.WithLabelValues(milestone)
+	if e, ok := h.(prometheus.ExemplarObserver); ok && image != "" {
+		e.ObserveWithExemplar(d.Seconds(), prometheus.Labels{"image": image})
+		return
+	}
+	h.Observe(d.Seconds())
+}
+
+// Evicted counts images that were evicted, and what that freed.
+func (m *Metrics) Evicted(images int, bytes int64) {
+	if m == nil {
+		return
+	}
+	m.evicted.WithLabelValues().Add(float64(images))
+	m.freed.WithLabelValues().Add(float64(max(0, bytes)))
 }

@@ -26,6 +26,7 @@ import (
 //
 //	GET /status            the Status as JSON
 //	GET /profile           the access profile as JSON (image.Profile)
+//	GET /metrics           what the process has counted, as delimited protocol buffers
 //	POST /swap             204 once it is swapped, 409 and the reason when it cannot be
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
 //	POST /replace?path=P   204 once the program P is ready to go on with the mount, 409 and the reason if not
@@ -78,6 +79,7 @@ func answer(m *Mount, files Files, listener net.Listener) (*Control, error) {
 	mux.HandleFunc("GET /status", c.status)
 	mux.HandleFunc("GET /wait", c.wait)
 	mux.HandleFunc("GET /profile", c.profile)
+	mux.HandleFunc("GET /metrics", c.metrics)
 	mux.HandleFunc("POST /swap", c.swap)
 	mux.HandleFunc("POST /replace", c.replace)
 	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}

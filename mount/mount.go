@@ -134,6 +134,8 @@ type Mount struct {
 	firstBackend Backend
 	firstReason  string
 	resumed      bool // from another process, which may have sealed the image
+	lazyFrom     bool // it was begun by this process, with an image that was not sealed
+	unwatch      func()
 	reports      reports
 	started      time.Time
 
@@ -155,6 +157,13 @@ type Mount struct {
 // image of a registry then without a request to it; Wait then returns
 // immediately.
 func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount, err error) {
+	defer func() {
+		if err == nil {
+			o.Metrics.Started(metrics.OK)
+		} else {
+			o.Metrics.Started(metrics.Failed)
+		}
+	}()
 	if source, err = absoluteSource(source); err != nil {
 		return nil, err
 	}
@@ -179,6 +188,9 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	defer func() {
 		if err != nil {
 			m.release()
+		} else {
+			m.milestone(metrics.Mounted)
+			m.unwatch = o.Metrics.Watch(m.observe)
 		}
 	}()
 	if err = m.openView(nil); err != nil {
@@ -204,6 +216,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if m.contents, err = m.store.Contents(m.image.index); err != nil {
 		return nil, err
 	}
+	o.Metrics.NotFetched(metrics.PassedShared, m.contents.Progress().BytesLocal)
 	if rec, ok := m.sealedRecord(); ok {
 		if err := m.checkDigest(rec); err != nil {
 			return nil, err
@@ -221,6 +234,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if err = m.serve(); err != nil {
 		return nil, err
 	}
+	m.lazyFrom = m.state() < Sealed
 	m.startConductor()
 	return m, nil
 }
@@ -245,6 +259,7 @@ func newMount(source, mountpoint string, o Options) *Mount {
 		mountpoint: mountpoint, source: source, started: time.Now(),
 		change: make(chan struct{}),
 	}
+	m.unwatch = func() {}
 	m.status = Status{Source: source, Mountpoint: mountpoint, Root: o.Root, PID: os.Getpid(), Backend: string(FUSE), Verity: "none yet"}
 	return m
 }
@@ -323,6 +338,9 @@ func (m *Mount) fuseOptions() fusefs.Options {
 	o := fusefs.Options{
 		Source: m.source, Attributes: m.opts.Attributes, AllowOther: m.opts.AllowOther,
 		Metrics: m.opts.Metrics, Logger: m.log, OnError: m.reportReadError,
+	}
+	if !m.resumed {
+		o.OnFirstRead = func() { m.milestone(metrics.FirstRead) }
 	}
 	if m.image != nil {
 		o.OnRequests = m.trim
@@ -457,7 +475,7 @@ func (m *Mount) persist(ctx context.Context, what string, work func(context.Cont
 		}
 		text := withHint(err)
 		m.log.Warn("will be tried again", "in", pause.String(), "error", text)
-		m.note(text + "; trying again every " + pause.String())
+		m.update(func(s *Status) { s.Note, s.retrying = text+"; trying again every "+pause.String(), true })
 		select {
 		case <-ctx.Done():
 			return false
@@ -514,6 +532,7 @@ func (m *Mount) Close(ctx context.Context) error {
 // release ends goroutines and closes files. It is the end of every Mount, also
 // of one that failed to start.
 func (m *Mount) release() {
+	m.unwatch()
 	if m.stop != nil {
 		m.stop()
 	}
@@ -525,6 +544,9 @@ func (m *Mount) release() {
 		m.src.Close()
 	}
 	if m.contents != nil {
+		if p := m.contents.Progress(); m.server != nil {
+			m.opts.Metrics.NotFetched(metrics.PassedUnread, p.Bytes-p.BytesLocal)
+		}
 		m.contents.Close()
 	}
 	m.lease.Close()

@@ -124,9 +124,13 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 		return nil, err
 	}
 	m := newMount(source, abs, o)
+	m.resumed = true
 	defer func() {
 		if err != nil {
 			m.release()
+		} else {
+			o.Metrics.Resumed()
+			m.unwatch = o.Metrics.Watch(m.observe)
 		}
 	}()
 	if err = m.openView(files[usernsFile]); err != nil {
@@ -154,7 +158,6 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 	if err != nil || !wanted || composefs {
 		return m, err
 	}
-	m.resumed = true
 	m.startConductor()
 	return m, nil
 }

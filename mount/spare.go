@@ -13,6 +13,7 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/cache"
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
 	"github.com/cfs-fuse/cfs-fuse/image"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 // spareBytes bounds what is kept of chunks that no reader waits for.
@@ -234,6 +235,7 @@ func (m *Mount) fill(ctx context.Context) error {
 	if r, err := m.contents.Reuse(ctx); err != nil {
 		return err
 	} else if r.Chunks > 0 {
+		m.opts.Metrics.NotFetched(metrics.PassedReused, r.Bytes)
 		m.log.Info("taken from files of other images", "chunks", r.Chunks, "bytes", r.Bytes, "shared_bytes", r.Cloned)
 	}
 	if err := m.fetch.Fill(ctx); err != nil {

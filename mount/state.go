@@ -86,7 +86,8 @@ type Status struct {
 	Root      string `json:"root,omitempty"`
 	Log       string `json:"log,omitempty"`
 
-	stuck error // what ended the conductor
+	stuck    error // what ended the conductor
+	retrying bool  // Note is an error that may come right
 }
 
 // Status returns what is known now.
@@ -127,12 +128,17 @@ func (m *Mount) state() State {
 // update changes the status and wakes those who wait for a change.
 func (m *Mount) update(f func(*Status)) {
 	m.mu.Lock()
+	before := m.status.State
 	f(&m.status)
 	state := m.status.State
 	close(m.change)
 	m.change = make(chan struct{})
 	m.mu.Unlock()
-	m.opts.Metrics.State(state.String(), stateNames)
+	if m.lazyFrom {
+		for s := before + 1; s <= state; s++ {
+			m.milestone(s.String())
+		}
+	}
 }
 
 func (m *Mount) setState(s State) {
@@ -140,7 +146,7 @@ func (m *Mount) setState(s State) {
 }
 
 func (m *Mount) note(text string) {
-	m.update(func(st *Status) { st.Note = text })
+	m.update(func(st *Status) { st.Note, st.retrying = text, false })
 }
 
 // blocked records why the conductor stopped, unless it was told to.

@@ -5,37 +5,28 @@ import (
 	"fmt"
 	"net"
 	"net/http"
-	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
-
-	"github.com/cfs-fuse/cfs-fuse/metrics"
-	"github.com/cfs-fuse/cfs-fuse/mount"
 )
 
 // A metricsServer serves /metrics. A nil one does nothing.
 type metricsServer struct {
-	http    *http.Server
-	refresh atomic.Pointer[func()]
-	done    chan struct{}
+	addr net.Addr
+	http *http.Server
+	done chan struct{}
 }
 
-func listenMetrics(addr string, reg *prometheus.Registry) (*metricsServer, error) {
+// serveMetrics serves what from gathers at http://addr/metrics until Close.
+func serveMetrics(addr string, from prometheus.Gatherer) (*metricsServer, error) {
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, fmt.Errorf("serve metrics: %w", err)
 	}
-	s := &metricsServer{done: make(chan struct{})}
-	inner := promhttp.HandlerFor(reg, promhttp.HandlerOpts{Registry: reg, EnableOpenMetrics: true})
+	s := &metricsServer{addr: l.Addr(), done: make(chan struct{})}
 	mux := http.NewServeMux()
-	mux.HandleFunc("GET /metrics", func(w http.ResponseWriter, r *http.Request) {
-		if refresh := s.refresh.Load(); refresh != nil {
-			(*refresh)()
-		}
-		inner.ServeHTTP(w, r)
-	})
+	mux.Handle("GET /metrics", promhttp.HandlerFor(from, promhttp.HandlerOpts{EnableOpenMetrics: true}))
 	s.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}
 	go func() {
 		defer close(s.done)
@@ -44,17 +35,8 @@ func listenMetrics(addr string, reg *prometheus.Registry) (*metricsServer, error
 	return s, nil
 }
 
-// observe makes each scrape show the mount's progress as it is then.
-func (s *metricsServer) observe(m *mount.Mount, to *metrics.Metrics) {
-	if s == nil {
-		return
-	}
-	refresh := func() {
-		st := m.Status()
-		to.Progress(st.Files, st.FilesLocal, st.Bytes, st.BytesLocal)
-	}
-	s.refresh.Store(&refresh)
-}
+// Addr returns the address that is served.
+func (s *metricsServer) Addr() string { return s.addr.String() }
 
 // Close ends the server, letting a scrape under way finish for a second.
 func (s *metricsServer) Close() {

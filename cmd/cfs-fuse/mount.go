@@ -247,10 +247,13 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 	if err != nil {
 		return err
 	}
+	if err := f.opts.Metrics.Spool(spoolDir(f.opts.Runtime)); err != nil {
+		f.opts.Logger.Warn("what this mount counts will be missing in the node's metrics", "error", err)
+	}
+	defer f.opts.Metrics.Retire() // what it lost is in nobody's way
 	endpoint, err := f.listen(reg, before.resumes())
 	if err == nil {
 		defer endpoint.Close()
-		endpoint.observe(m, f.opts.Metrics)
 		if control == nil {
 			control, err = mount.NewControl(m)
 		}
@@ -292,7 +295,7 @@ func (f *mountFlags) listen(reg *prometheus.Registry, resumed bool) (*metricsSer
 	if f.metricsAddr == "" {
 		return nil, nil
 	}
-	endpoint, err := listenMetrics(f.metricsAddr, reg)
+	endpoint, err := serveMetrics(f.metricsAddr, reg)
 	if err != nil && resumed {
 		f.opts.Logger.Warn("metrics are not served", "error", err)
 		return nil, nil

@@ -50,6 +50,9 @@ type global struct {
 // usageError is a command line that cannot be right.
 type usageError struct{ error }
 
+// extra are commands of other builds than the installed one (docs.go).
+var extra []func() *cobra.Command
+
 func newRoot(g *global) *cobra.Command {
 	root := &cobra.Command{
 		Use:           "cfs-fuse",
@@ -93,7 +96,11 @@ func newRoot(g *global) *cobra.Command {
 		newCp(g),
 		newDiff(g),
 		newLayers(g),
+		newExporter(g),
 	)
+	for _, more := range extra {
+		root.AddCommand(more())
+	}
 	return root
 }
 
