@@ -35,17 +35,15 @@ func TestMetrics(t *testing.T) {
 		}
 	}
 	for _, sample := range []string{
-		`cfs_fuse_source_requests_total{class="demand",result="ok"}`, `cfs_fuse_source_requests_total{class="prefetch",result="failed"}`,
-		`cfs_fuse_source_requests_total{class="fill",result="ok"}`, `cfs_fuse_source_bytes_total{class="fill",result="ok"}`,
-		`cfs_fuse_source_bytes_total{class="demand",result="failed"}`, `cfs_fuse_read_duration_seconds_count{source="local"}`,
-		`cfs_fuse_read_duration_seconds_bucket{source="registry",le="+Inf"}`, `cfs_fuse_chunks_failed_total{reason="digest"}`,
-		`cfs_fuse_state{state="lazy"}`, `cfs_fuse_files`, `cfs_fuse_files_local`, `cfs_fuse_image_bytes`, `cfs_fuse_image_local_bytes`,
+		`cfs_fuse_source_requests_total{class="demand",result="ok",source="registry"}`, `cfs_fuse_source_bytes_total{class="fill",result="ok",source="file"}`,
+		`cfs_fuse_read_duration_seconds_count{source="local"}`, `cfs_fuse_milestone_seconds_bucket{milestone="sealed",le="+Inf"}`,
+		`cfs_fuse_chunks_failed_total{reason="digest"}`,
 	} {
 		metric(t, addr, sample)
 	}
 	s := b.status(point)
 	for sample, want := range map[string]float64{
-		`cfs_fuse_state{state="sealed"}`: 1, `cfs_fuse_state{state="lazy"}`: 0,
+		`cfs_fuse_mounts{backend="hybrid",state="sealed"}`: 1, `cfs_fuse_mounts{backend="hybrid",state="lazy"}`: 0, `cfs_fuse_mounts_at_risk`: 0,
 		`cfs_fuse_files`: float64(s.Files), `cfs_fuse_files_local`: float64(s.Files),
 		`cfs_fuse_image_bytes`: float64(s.Bytes), `cfs_fuse_image_local_bytes`: float64(s.Bytes),
 	} {
@@ -55,7 +53,7 @@ func TestMetrics(t *testing.T) {
 	}
 	var fetched float64
 	for _, class := range []string{"demand", "prefetch", "fill"} {
-		fetched += metric(t, addr, `cfs_fuse_source_bytes_total{class="`+class+`",result="ok"}`)
+		fetched += metric(t, addr, `cfs_fuse_source_bytes_total{class="`+class+`",result="ok",source="file"}`)
 	}
 	total, err := set.CompressedSize(images.EStargz, images.Small)
 	if err != nil {
@@ -71,7 +69,7 @@ func TestMetrics(t *testing.T) {
 		}
 		for _, m := range labels.FindAllStringSubmatch(line, -1) {
 			switch m[1] {
-			case "class", "result", "source", "reason", "state", "le", "method", "mode", "backend", "operation":
+			case "class", "result", "source", "reason", "state", "le", "backend", "operation", "milestone", "verity", "root", "version", "revision", "goversion":
 			default:
 				t.Errorf("label %s: %s", m[1], line)
 			}

@@ -15,6 +15,7 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/internal/fusesession"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 // Lowers are an image whose mounts are lower layers of overlayfs mounts that
@@ -68,6 +69,7 @@ func OpenLowers(ctx context.Context, store *cache.Store, origin Origin, dir stri
 	if changed == nil {
 		changed = func() {}
 	}
+	defer func() { o.Metrics.Started(resultOf(err)) }()
 	src, err := openOrigin(origin, o)
 	if err != nil {
 		return nil, err
@@ -92,6 +94,8 @@ func OpenLowers(ctx context.Context, store *cache.Store, origin Origin, dir stri
 		return nil, hint.Wrap(err, "remove "+m.image.dir+" and pull the image again")
 	}
 	m.fetch = m.newFetcher(m.startProfile())
+	m.milestone(metrics.Mounted)
+	m.unwatch = o.Metrics.Watch(m.observe)
 	return &Lowers{m: m, dir: dir, looked: make(chan struct{}), changed: changed}, nil
 }
 
@@ -134,6 +138,7 @@ func (l *Lowers) conduct(ctx context.Context) {
 	if rec, ok := m.sealedRecord(); ok && m.checkDigest(rec) == nil {
 		m.setSealed(rec)
 	}
+	m.lazyFrom = m.state() < Sealed
 	close(l.looked)
 	if m.state() < Complete {
 		work := m.fill

@@ -157,13 +157,7 @@ type Mount struct {
 // image of a registry then without a request to it; Wait then returns
 // immediately.
 func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount, err error) {
-	defer func() {
-		if err == nil {
-			o.Metrics.Started(metrics.OK)
-		} else {
-			o.Metrics.Started(metrics.Failed)
-		}
-	}()
+	defer func() { o.Metrics.Started(resultOf(err)) }()
 	if source, err = absoluteSource(source); err != nil {
 		return nil, err
 	}

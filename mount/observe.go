@@ -24,11 +24,18 @@ func (m *Mount) milestone(name string) {
 	m.opts.Metrics.Milestone(name, time.Since(m.started), m.status.ManifestDigest)
 }
 
+func resultOf(err error) string {
+	if err != nil {
+		return metrics.Failed
+	}
+	return metrics.OK
+}
+
 // observe says what a scrape wants to know of the mount.
 func (m *Mount) observe() metrics.Observation {
 	s := m.Status()
 	o := s.observation()
-	o.AtRisk = s.State < Swapped && s.Keeper == ""
+	o.AtRisk = m.server != nil && s.State < Swapped && s.Keeper == ""
 	o.Dead = false
 	o.StoreFull = s.StoreNote != ""
 	o.OldestWait = time.Duration(s.OldestWaitSeconds * float64(time.Second))

@@ -236,6 +236,10 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 	if f.metricsAddr != "" {
 		reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	}
+	if err := f.opts.Metrics.Spool(spoolDir(f.opts.Runtime)); err != nil {
+		f.opts.Logger.Warn("what this mount counts will be missing in the node's metrics", "error", err)
+	}
+	defer f.opts.Metrics.Retire() // what it lost is in nobody's way
 	var m *mount.Mount
 	var control *mount.Control
 	var err error
@@ -247,10 +251,6 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 	if err != nil {
 		return err
 	}
-	if err := f.opts.Metrics.Spool(spoolDir(f.opts.Runtime)); err != nil {
-		f.opts.Logger.Warn("what this mount counts will be missing in the node's metrics", "error", err)
-	}
-	defer f.opts.Metrics.Retire() // what it lost is in nobody's way
 	endpoint, err := f.listen(reg, before.resumes())
 	if err == nil {
 		defer endpoint.Close()
