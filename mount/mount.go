@@ -137,7 +137,8 @@ type Mount struct {
 	lazyFrom     bool // it was begun by this process, with an image that was not sealed
 	unwatch      func()
 	reports      reports
-	started      time.Time
+	started      time.Time // from when the profile counts
+	begun        time.Time // from when milestones count
 
 	stop     context.CancelFunc
 	run      sync.WaitGroup
@@ -250,7 +251,7 @@ func newMount(source, mountpoint string, o Options) *Mount {
 	o.Source.Metrics, o.Source.Logger = o.Metrics, o.Logger
 	m := &Mount{
 		opts: o, log: o.Logger.With("source", source, "mountpoint", mountpoint),
-		mountpoint: mountpoint, source: source, started: time.Now(),
+		mountpoint: mountpoint, source: source, started: time.Now(), begun: time.Now(),
 		change: make(chan struct{}),
 	}
 	m.unwatch = func() {}

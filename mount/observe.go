@@ -21,7 +21,7 @@ import (
 
 // milestone records how long the mount took to come so far.
 func (m *Mount) milestone(name string) {
-	m.opts.Metrics.Milestone(name, time.Since(m.started), m.status.ManifestDigest)
+	m.opts.Metrics.Milestone(name, time.Since(m.begun), m.status.ManifestDigest)
 }
 
 func resultOf(err error) string {
