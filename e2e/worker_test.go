@@ -50,8 +50,9 @@ func readFile(path string) ([]byte, error) {
 
 // The kinds of worker.
 const (
-	loadWorker = "load" // opens, reads, stats, lists by path, over and over
-	holdWorker = "hold" // keeps files, folders, mappings and its working folder open, and uses them
+	loadWorker  = "load"  // opens, reads, stats, lists by path, over and over
+	pivotWorker = "pivot" // has the mount as the root of a mount namespace, and does nothing
+	holdWorker  = "hold"  // keeps files, folders, mappings and its working folder open, and uses them
 )
 
 // A workerReport says what a worker did, and what failed or was wrong.
@@ -124,6 +125,13 @@ func names(dir string) ([]string, error) {
 
 // worker is the main of a worker; it returns its exit code.
 func worker(kind string) int {
+	if kind == pivotWorker {
+		if err := pivot(os.Getenv("CFS_FUSE_E2E_POINT")); err != nil {
+			fmt.Fprintln(os.Stderr, "worker:", err)
+			return 1
+		}
+		return 0
+	}
 	point, reference := os.Getenv("CFS_FUSE_E2E_POINT"), os.Getenv("CFS_FUSE_E2E_REFERENCE")
 	tree, err := learn(reference)
 	if err != nil {

@@ -27,7 +27,8 @@ import (
 //	GET /status            the Status as JSON
 //	GET /profile           the access profile as JSON (image.Profile)
 //	GET /metrics           what the process has counted, as delimited protocol buffers
-//	POST /swap             204 once it is swapped, 409 and the reason when it cannot be
+//	POST /swap?namespaces=PID,…
+//	                       204 once it is swapped, 409 and the reason when it cannot be
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
 //	POST /replace?path=P   204 once the program P is ready to go on with the mount, 409 and the reason if not
 type Control struct {
@@ -135,7 +136,9 @@ func (c *Control) Close() {
 
 func (c *Control) status(w http.ResponseWriter, _ *http.Request) {
 	w.Header().Set("Content-Type", "application/json")
-	json.NewEncoder(w).Encode(c.mount.Status())
+	s := c.mount.Status()
+	s.Elsewhere = c.mount.elsewhere()
+	json.NewEncoder(w).Encode(s)
 }
 
 func (c *Control) wait(w http.ResponseWriter, r *http.Request) {
@@ -155,13 +158,18 @@ func (c *Control) wait(w http.ResponseWriter, r *http.Request) {
 	w.WriteHeader(http.StatusNoContent)
 }
 
-func (c *Control) swap(w http.ResponseWriter, _ *http.Request) {
-	err := fmt.Errorf("it is %s, and only a sealed image can be swapped", c.mount.state())
-	if c.mount.state() >= Sealed {
-		err = c.mount.swap()
+func (c *Control) swap(w http.ResponseWriter, r *http.Request) {
+	pids, err := ParsePIDs(r.FormValue("namespaces"))
+	if err != nil {
+		http.Error(w, err.Error(), http.StatusBadRequest)
+		return
 	}
-	if err == nil {
-		err = c.files.save(c.mount.Status())
+	err = fmt.Errorf("it is %s, and only a sealed image can be swapped", c.mount.state())
+	if c.mount.state() >= Sealed {
+		err = c.mount.swapNow(pids)
+	}
+	if c.mount.state() >= Swapped {
+		err = errors.Join(err, c.files.save(c.mount.Status()))
 	}
 	if err != nil {
 		http.Error(w, withHint(err), http.StatusConflict)
@@ -345,12 +353,13 @@ func Await(ctx context.Context, runtimeDir, mountpoint string, state State) erro
 
 // SwapNow swaps the sealed image at mountpoint to the kernel's mount, also where
 // it was mounted to stay on FUSE, or an earlier attempt failed. A nil error
-// promises that the kernel's mount is in place. It fails with ErrStuck, wrapped
+// promises that the kernel's mount is in place, in the mount namespaces of the
+// given processes too, wherever they have it. It fails with ErrStuck, wrapped
 // with the reason, when the image is not sealed yet or the kernel refuses, and
 // FUSE then goes on serving.
-func SwapNow(ctx context.Context, runtimeDir, mountpoint string) error {
+func SwapNow(ctx context.Context, runtimeDir, mountpoint string, pids ...int) error {
 	s, err := Query(ctx, runtimeDir, mountpoint)
-	if err != nil || s.State >= Swapped {
+	if err != nil || s.State >= Swapped && (len(pids) == 0 || s.PID == 0) {
 		return err
 	}
 	if s.PID == 0 {
@@ -358,12 +367,12 @@ func SwapNow(ctx context.Context, runtimeDir, mountpoint string) error {
 	}
 	left := watch(s)
 	defer left.Close()
-	res, err := FilesOf(runtimeDir, s.Mountpoint).ask(ctx, http.MethodPost, "/swap")
+	res, err := FilesOf(runtimeDir, s.Mountpoint).ask(ctx, http.MethodPost, "/swap?namespaces="+formatPIDs(pids))
 	if err != nil {
 		// It has ended in between, or has left to a successor, which finishes
 		// what it has begun.
 		if after, qerr := Query(ctx, runtimeDir, mountpoint); qerr == nil && after.PID != s.PID {
-			return SwapNow(ctx, runtimeDir, mountpoint)
+			return SwapNow(ctx, runtimeDir, mountpoint, pids...)
 		}
 		return fmt.Errorf("%s: ask the process that serves the mount to swap: %w", s.Mountpoint, err)
 	}

@@ -78,6 +78,9 @@ type Options struct {
 	// Swap is Auto (also when empty), Never or Require; Verity is Try (also
 	// when empty), Require or Off.
 	Swap, Verity Policy
+	// SwapNamespaces are processes in whose mount namespaces the mount is
+	// swapped too, wherever they have it, after its own mount point.
+	SwapNamespaces []int
 	// Digest, if not zero, is the fs-verity digest that the sealed image must
 	// have.
 	Digest image.Digest
@@ -133,8 +136,9 @@ type Mount struct {
 	// What serves until the swap, and why.
 	firstBackend Backend
 	firstReason  string
-	resumed      bool // from another process, which may have sealed the image
-	lazyFrom     bool // it was begun by this process, with an image that was not sealed
+	firstDev     string // of its filesystem, as mountinfo has it
+	resumed      bool   // from another process, which may have sealed the image
+	lazyFrom     bool   // it was begun by this process, with an image that was not sealed
 	unwatch      func()
 	reports      reports
 	started      time.Time // from when the profile counts
@@ -311,6 +315,7 @@ func (m *Mount) serve() error {
 	}
 	m.status.Backend, m.status.BackendReason = string(m.firstBackend), why
 	if err == nil {
+		m.noteDev()
 		m.trim() // of what was read once to mount it
 	}
 	m.log.Debug("mounted", "backend", m.status.Backend, "reason", why, "after", time.Since(m.started))
@@ -437,6 +442,7 @@ func (m *Mount) conduct(ctx context.Context) {
 		return
 	}
 	m.setState(Swapped)
+	m.swapAlso()
 	m.log.Info("swapped", "after", time.Since(m.started).Round(time.Millisecond).String())
 }
 

@@ -36,6 +36,7 @@ type sessionState struct {
 	Backend        Backend            `json:"backend"`
 	BackendReason  string             `json:"backend_reason"`
 	MountID        int                `json:"mount_id"`
+	Dev            string             `json:"dev"` // of the first mount's filesystem
 	FUSE           fusesession.Params `json:"fuse"`
 }
 
@@ -63,7 +64,7 @@ func (m *Mount) KeepBy(k Keeper, c *Control, restarts int) error {
 	conn := m.server.Session()
 	state, err := json.Marshal(sessionState{
 		ManifestDigest: m.status.ManifestDigest, Backend: m.firstBackend, BackendReason: m.firstReason,
-		MountID: m.server.MountID(), FUSE: conn.Params(),
+		MountID: m.server.MountID(), Dev: m.firstDev, FUSE: conn.Params(),
 	})
 	if err != nil {
 		return err
@@ -136,7 +137,7 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 	if err = m.openView(files[usernsFile]); err != nil {
 		return nil, err
 	}
-	m.firstBackend, m.firstReason = st.Backend, st.BackendReason
+	m.firstBackend, m.firstReason, m.firstDev = st.Backend, st.BackendReason, st.Dev
 	m.status.Backend, m.status.BackendReason = string(st.Backend), st.BackendReason
 	conn, err := fusesession.Resume(files[fuseFile], files[requestsFile], st.FUSE)
 	if err != nil {
@@ -240,12 +241,16 @@ func (m *Mount) settle(mountID int) (wanted bool, err error) {
 	}
 	for _, beneath := range all {
 		if beneath.ID == mine.Parent && beneath.Mountpoint == m.mountpoint && isSealedMount(beneath) && m.server.IsTop(m.mountpoint) {
+			if len(mountedOn(*mine, all)) > 0 {
+				return true, nil // not without that: another swap takes it along
+			}
 			m.log.Info("a swap that was cut short is finished")
 			if err := kmount.Detach(m.mountpoint); err != nil {
 				return false, err
 			}
 			m.swapped(verityOf(beneath))
 			m.noteDigest()
+			m.swapAlso()
 			return false, nil
 		}
 	}

@@ -72,6 +72,9 @@ type Status struct {
 	Upper   string `json:"upperdir,omitempty"`
 	Work    string `json:"workdir,omitempty"`
 	Context string `json:"context,omitempty"`
+	// Elsewhere lists the other places from which the mount was used when it was
+	// swapped, and what became of them.
+	Elsewhere []Elsewhere `json:"elsewhere,omitempty"`
 	// Note says why the state goes no further, if it does not.
 	Note string `json:"swap_note,omitempty"`
 	// StoreNote says that nothing can be stored, and why, while that is so.

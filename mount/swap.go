@@ -134,17 +134,31 @@ func (m *Mount) swap() error {
 		return err
 	}
 	defer f.Close()
-	if !m.server.IsTop(m.mountpoint) {
-		return hint.Wrap(errors.New("something else is mounted over it"), "unmount it, and mount the image again")
-	}
-	if err := kmount.AttachBeneath(f, m.mountpoint); err != nil {
-		return hint.Wrap(err, "FUSE goes on serving; the swap needs Linux 6.5 and a mount point that is not the root of a mount namespace")
-	}
-	if err := kmount.Detach(m.mountpoint); err != nil {
+	all, err := kmount.Mounts()
+	if err != nil {
 		return err
 	}
+	at := slices.IndexFunc(all, func(i kmount.Info) bool { return i.ID == m.server.MountID() && i.Mountpoint == m.mountpoint })
+	if at < 0 || covered(all[at], all) {
+		return hint.Wrap(errors.New("something else is mounted over it"), "unmount it, and mount the image again")
+	}
+	keep := m.overlays()
+	if err := exchange(f, all[at], all); err != nil {
+		return hint.Wrap(err, "FUSE goes on serving; the swap needs Linux 6.5 and a mount point that is not the root of a mount namespace")
+	}
 	m.swapped(verity)
+	m.update(func(s *Status) { s.Elsewhere = keep })
 	return nil
+}
+
+// swapAlso swaps in the namespaces that the options name. What is not swapped
+// there is in the status.
+func (m *Mount) swapAlso() {
+	m.swapping.Lock()
+	defer m.swapping.Unlock()
+	if err := m.swapNamespaces(m.opts.SwapNamespaces); err != nil {
+		m.log.Warn("not swapped everywhere", "error", oneLine(err.Error()))
+	}
 }
 
 const composefsPrefix = "composefs:"

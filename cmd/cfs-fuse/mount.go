@@ -54,6 +54,7 @@ type mountFlags struct {
 	opts             mount.Options
 	swap, verity     string
 	backend          string
+	namespaces       string
 	options          []string
 	digest, pull     string
 	fill, foreground bool
@@ -103,6 +104,7 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 	fl.BoolVar(&f.opts.InsecureTOC, "insecure-toc", false, "take layers whose table of contents the manifest does not vouch for")
 	fl.StringArrayVar(&f.opts.Objects, "objects", nil, "`folder` of objects of a composefs: source (may be repeated)")
 	addBudget(cmd, &f.opts.Budget)
+	addSwapNamespaces(cmd, &f.namespaces)
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, log to standard error, unmount on Ctrl-C")
 }
 
@@ -148,6 +150,9 @@ func (f *mountFlags) check(g *global) error {
 	}
 	if err := mount.CheckIDMap(f.opts.View.IDMap); err != nil {
 		return usageError{fmt.Errorf("--idmap: %w", err)}
+	}
+	if f.opts.SwapNamespaces, err = mount.ParsePIDs(f.namespaces); err != nil {
+		return usageError{fmt.Errorf("--swap-namespaces: %w", err)}
 	}
 	if (f.opts.View.Upper == "") != (f.opts.View.Work == "") {
 		return usageError{errors.New("--upperdir and --workdir go together: name both, or none")}

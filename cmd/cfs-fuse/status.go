@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -122,6 +123,13 @@ func printStatus(out io.Writer, s mount.Status) error {
 	}
 	if s.StoreNote != "" {
 		row("store", "%s", s.StoreNote)
+	}
+	for _, e := range s.Elsewhere {
+		what := "swapped"
+		if !e.Swapped {
+			what = e.Note
+		}
+		row("elsewhere", "%s (process %d): %s", cmp.Or(e.Mountpoint, "-"), e.PID, what)
 	}
 	if s.Note != "" {
 		row("note", "%s", s.Note)

@@ -102,7 +102,7 @@ func TestParseMountinfo(t *testing.T) {
 	if err != nil || len(got) != 3 || got[2].Source != "" || got[2].FSType != "tmpfs" {
 		t.Fatalf("parseMountinfo = %v, %v", got, err)
 	}
-	if want := (Info{45, 27, "0:40", "/m nt\nx", "overlay", `a\b`, "ro,lowerdir+=/x"}); got[0] != want {
+	if want := (Info{45, 27, "0:40", "/m nt\nx", "overlay", `a\b`, "ro,lowerdir+=/x", "/", "ro,relatime", true}); got[0] != want {
 		t.Errorf("line 1 = %+v, want %+v", got[0], want)
 	}
 	for _, bad := range []string{"x", "a b c d e f - g h i", "1 2 3 4 5 - 6"} {

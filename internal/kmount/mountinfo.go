@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 )
@@ -18,12 +19,25 @@ type Info struct {
 	FSType     string // "overlay", "fuse.cfs-fuse", …
 	Source     string
 	Options    string // of the superblock
+	Root       string // what of the filesystem is mounted: "/" for all of it
+	Attributes string // of the mount: "ro,nosuid,relatime"
+	Shared     bool   // what is mounted on it is seen by its peers
 }
 
 // Mounts lists the mounts of this process's mount namespace, in the order in
 // which they were made.
 func Mounts() ([]Info, error) {
-	data, err := os.ReadFile("/proc/self/mountinfo")
+	return mountsIn("/proc/self/mountinfo")
+}
+
+// MountsOf lists the mounts of a process's mount namespace that are at or below
+// its root, with paths as it has them.
+func MountsOf(pid int) ([]Info, error) {
+	return mountsIn(fmt.Sprintf("/proc/%d/mountinfo", pid))
+}
+
+func mountsIn(path string) ([]Info, error) {
+	data, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("list mounts: %w", err)
 	}
@@ -49,6 +63,8 @@ func parseMountinfo(data []byte) ([]Info, error) {
 		all = append(all, Info{
 			ID: id, Parent: parent, Dev: l[2], Mountpoint: unescape(l[4]),
 			FSType: unescape(r[0]), Source: unescape(r[1]), Options: unescape(r[2]),
+			Root: unescape(l[3]), Attributes: l[5],
+			Shared: slices.ContainsFunc(l[6:], func(s string) bool { return strings.HasPrefix(s, "shared:") }),
 		})
 	}
 	return all, sc.Err()
