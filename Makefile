@@ -165,6 +165,14 @@ soak-hybrid:
 soak-restart: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) CFS_FUSE_E2E_RESTARTS=1000 $(GO) test -timeout 40m -count 1 -v -run TestKilledUnderReaders ./e2e
 
+## soak-swap   1,000 swaps under eight workers, 200 servers killed while they swap (root; SWAPS, SWAP_KILLS; the pause says something on a quiet machine)
+SWAPS     ?= 1000
+SWAP_KILLS ?= 200
+.PHONY: soak-swap
+soak-swap: build
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) CFS_FUSE_E2E_SWAPS=$(SWAPS) CFS_FUSE_E2E_SWAP_KILLS=$(SWAP_KILLS) \
+		$(GO) test -timeout 60m -count 1 -v -run 'TestSwapSoak$$|TestSwapKilled$$' ./e2e
+
 ## clean   remove what was built here
 .PHONY: clean
 clean:

@@ -60,11 +60,30 @@ type workerReport struct {
 	Ops    int      `json:"ops"`
 	Wrong  int      `json:"wrong"`
 	Errors []string `json:"errors"` // the first of them
+	// Slowest is the operation between two marks that took the longest, with
+	// what the worker itself does besides.
+	Slowest slowest `json:"slowest"`
+
+	marked time.Time
 }
+
+// A slowest operation.
+type slowest struct {
+	What string        `json:"what"`
+	Time time.Duration `json:"time"`
+}
+
+// mark begins a time that is counted.
+func (r *workerReport) mark() { r.marked = time.Now() }
 
 // check counts one operation.
 func (r *workerReport) check(what string, ok bool, err error) {
 	r.Ops++
+	now := time.Now()
+	if d := now.Sub(r.marked); !r.marked.IsZero() && d > r.Slowest.Time {
+		r.Slowest = slowest{what, d}
+	}
+	defer r.mark()
 	if err == nil && ok {
 		return
 	}
@@ -139,14 +158,19 @@ func worker(kind string) int {
 		return 1
 	}
 	stop := make(chan struct{})
-	go func() {
-		io.Copy(io.Discard, os.Stdin)
-		close(stop)
-	}()
+	if kind == loadWorker || kind == holdWorker {
+		go func() {
+			io.Copy(io.Discard, os.Stdin)
+			close(stop)
+		}()
+	}
 	var r workerReport
-	if kind == holdWorker {
+	switch kind {
+	case roamWorker, lodgeWorker:
+		err = roam(kind, tree, &r)
+	case holdWorker:
 		err = hold(point, tree, &r, stop)
-	} else {
+	default:
 		load(point, tree, &r, stop)
 	}
 	if err != nil {
@@ -284,21 +308,29 @@ func hold(point string, tree []*known, r *workerReport, stop <-chan struct{}) er
 
 // A running worker.
 type running struct {
-	kind string
-	cmd  *exec.Cmd
-	in   io.Closer
-	out  *bufio.Reader
-	errs bytes.Buffer
+	kind  string
+	cmd   *exec.Cmd
+	in    io.Closer
+	lines io.Writer // in
+	out   *bufio.Reader
+	errs  bytes.Buffer
 }
 
 // startWorker starts a worker on a mount; it is killed when the test ends.
 func startWorker(t *testing.T, kind, point, reference string) *running {
 	t.Helper()
+	return startWorkerIn(t, nil, kind, point, reference)
+}
+
+// startWorkerIn is startWorker by a program that runs it, with its arguments.
+func startWorkerIn(t *testing.T, by []string, kind, point, reference string) *running {
+	t.Helper()
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &running{kind: kind, cmd: exec.Command(self)}
+	argv := append(slices.Clone(by), self)
+	w := &running{kind: kind, cmd: exec.Command(argv[0], argv[1:]...)}
 	w.cmd.Env = append(os.Environ(), workerEnv+"="+kind, "CFS_FUSE_E2E_POINT="+point, "CFS_FUSE_E2E_REFERENCE="+reference, "GOMAXPROCS=1")
 	w.cmd.Stderr = &w.errs
 	in, err := w.cmd.StdinPipe()
@@ -309,7 +341,7 @@ func startWorker(t *testing.T, kind, point, reference string) *running {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w.in, w.out = in, bufio.NewReader(out)
+	w.in, w.lines, w.out = in, in, bufio.NewReader(out)
 	if err := w.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
