@@ -15,6 +15,8 @@ APT       := btrfs-progs \
 	erofs-utils \
 	fsverity \
 	fuse3 \
+	man-db \
+	mandoc \
 	nginx-light \
 	prometheus \
 	qemu-system-x86 \
@@ -26,11 +28,24 @@ APT       := btrfs-progs \
 	xz-utils
 
 # Where 'install' puts things, and the names of the composefs tools that it
-# links to the command (mount(8) looks for its helper in sbin).
+# links to the command (mount(8) looks for its helpers in sbin).
 DESTDIR   ?=
 PREFIX    ?= /usr/local
 SBINDIR   ?= /usr/sbin
-TOOLS     := mkcomposefs composefs-info composefs-dump composefs-fuse
+UNITDIR   ?= $(PREFIX)/lib/systemd/system
+TOOLS     ?= mkcomposefs composefs-info composefs-dump composefs-fuse
+
+# What a release is. The same source gives the same bytes, wherever and whenever
+# it is built: no paths, no time, no C compiler, and the version from here.
+DIST      ?= dist
+ARCH      ?= $(shell $(GO) env GOARCH)
+REVISION  ?= $(shell git rev-parse --short=12 HEAD 2>/dev/null || echo unknown)
+VERSION   ?= $(shell git describe --tags --match 'v[0-9]*' 2>/dev/null | sed 's/^v//; s/-/+/' | grep . || echo 0.0.0+git$(REVISION))
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || echo 0)
+VERSIONPKG := github.com/cfs-fuse/cfs-fuse/internal/version
+GOBUILD   := CGO_ENABLED=0 GOOS=linux GOARCH=$(ARCH) $(GO) build -trimpath -buildvcs=false -ldflags '-s -w -X $(VERSIONPKG).version=$(VERSION) -X $(VERSIONPKG).revision=$(REVISION)'
+# The last version whose own dependencies the module proxy has.
+NFPM      := github.com/goreleaser/nfpm/v2/cmd/nfpm@v2.43.4
 
 .PHONY: all
 all: build
@@ -42,15 +57,37 @@ help:
 ## build   the command, as bin/cfs-fuse
 .PHONY: build
 build:
-	$(GO) build -trimpath -o $(BIN) ./cmd/cfs-fuse
+	$(GOBUILD) -o $(BIN) ./cmd/cfs-fuse
 
-## install the command, and links to it under the names of the composefs tools
+## man     manual pages and completions, made from the commands, in dist/
+.PHONY: man
+man:
+	rm -rf $(DIST)/man $(DIST)/completions
+	$(GO) run -tags docs -ldflags '-X $(VERSIONPKG).version=$(VERSION)' ./cmd/cfs-fuse docs man $(DIST)/man
+	mkdir -p $(DIST)/completions
+	for s in bash zsh fish; do $(GO) run ./cmd/cfs-fuse completion $$s >$(DIST)/completions/$$s || exit 1; done
+
+## install the command, links to it under the names of the composefs tools and of mount(8)'s helpers, manual, completions, units
 .PHONY: install
-install: build
+install: build man
 	install -D -m 0755 $(BIN) $(DESTDIR)$(PREFIX)/bin/cfs-fuse
 	for t in $(TOOLS); do ln -sf cfs-fuse $(DESTDIR)$(PREFIX)/bin/$$t; done
-	install -d $(DESTDIR)$(SBINDIR)
-	ln -sf $(PREFIX)/bin/cfs-fuse $(DESTDIR)$(SBINDIR)/mount.composefs
+	install -d $(DESTDIR)$(SBINDIR) $(DESTDIR)$(UNITDIR)
+	ln -sf $(PREFIX)/bin/cfs-fuse $(DESTDIR)$(SBINDIR)/mount.cfs-fuse
+	[ -z "$(TOOLS)" ] || ln -sf $(PREFIX)/bin/cfs-fuse $(DESTDIR)$(SBINDIR)/mount.composefs
+	for p in $(DIST)/man/*; do install -D -m 0644 $$p $(DESTDIR)$(PREFIX)/share/man/man$${p##*.}/$${p##*/}; done
+	install -D -m 0644 $(DIST)/completions/bash $(DESTDIR)$(PREFIX)/share/bash-completion/completions/cfs-fuse
+	install -D -m 0644 $(DIST)/completions/zsh $(DESTDIR)$(PREFIX)/share/zsh/vendor-completions/_cfs-fuse
+	install -D -m 0644 $(DIST)/completions/fish $(DESTDIR)$(PREFIX)/share/fish/vendor_completions.d/cfs-fuse.fish
+	for u in deploy/systemd/*.service; do sed 's|/usr/bin/cfs-fuse|$(PREFIX)/bin/cfs-fuse|' $$u >$(DESTDIR)$(UNITDIR)/$${u##*/} || exit 1; done
+
+## deb     a Debian package in dist/, for ARCH (amd64, arm64); without the composefs tools, which Debian has a package of
+.PHONY: deb
+deb:
+	rm -rf $(DIST)/root-$(ARCH)
+	$(MAKE) --no-print-directory install BIN=$(DIST)/bin-$(ARCH)/cfs-fuse ARCH=$(ARCH) TOOLS= DESTDIR=$(DIST)/root-$(ARCH) PREFIX=/usr
+	gzip -9 -n -r $(DIST)/root-$(ARCH)/usr/share/man
+	DIST=$(DIST) ARCH=$(ARCH) VERSION=$(VERSION) $(GO) run $(NFPM) package -p deb -f deploy/package/nfpm.yaml -t $(DIST)/cfs-fuse_$(VERSION)_$(ARCH).deb
 
 ## docs    what is generated of docs/ from the code
 .PHONY: docs
@@ -176,4 +213,4 @@ soak-swap: build
 ## clean   remove what was built here
 .PHONY: clean
 clean:
-	rm -rf bin dist
+	rm -rf bin $(DIST)

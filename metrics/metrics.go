@@ -12,12 +12,12 @@
 package metrics
 
 import (
-	"runtime"
-	"runtime/debug"
 	"sync"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/cfs-fuse/cfs-fuse/internal/version"
 )
 
 // Classes of work that a byte or a request was fetched for.
@@ -121,32 +121,13 @@ func New(reg prometheus.Registerer) *Metrics {
 		milestone: milestoneFamily.histogram(5e-3, 12),
 	}
 	build := prometheus.NewGaugeVec(prometheus.GaugeOpts{Name: buildFamily.Name, Help: buildFamily.Help}, buildFamily.labels())
-	build.WithLabelValues(Build()).Set(1)
+	v := version.Get()
+	build.WithLabelValues(v.Version, v.Revision, v.Go).Set(1)
 	for _, r := range []prometheus.Registerer{reg, m.own} {
 		r.MustRegister(m.requests, m.bytes, m.passed, m.errors, m.chunks, m.fuse, m.started, m.resumed, m.requestsFailed,
 			m.evicted, m.freed, m.read, m.milestone, &m.watched, build)
 	}
 	return m
-}
-
-// Build returns the program's version, the revision of its source and the
-// version of its compiler, as the linker knows them; "unknown" for what it does
-// not.
-func Build() (version, revision, goversion string) {
-	version, revision, goversion = "unknown", "unknown", runtime.Version()
-	info, ok := debug.ReadBuildInfo()
-	if !ok {
-		return version, revision, goversion
-	}
-	if info.Main.Version != "" {
-		version = info.Main.Version
-	}
-	for _, s := range info.Settings {
-		if s.Key == "vcs.revision" {
-			revision = s.Value
-		}
-	}
-	return version, revision, goversion
 }
 
 // Request counts one request of a class and the n bytes of body it received

@@ -19,6 +19,9 @@ func init() {
 			&cobra.Command{Use: "metrics FILE", Args: exactArgs("FILE"), RunE: func(_ *cobra.Command, args []string) error {
 				return os.WriteFile(args[0], []byte(metrics.Markdown()), 0o644)
 			}},
+			&cobra.Command{Use: "man DIR", Args: exactArgs("DIR"), RunE: func(_ *cobra.Command, args []string) error {
+				return writeMan(args[0])
+			}},
 		)
 		return docs
 	})

@@ -7,6 +7,7 @@ import (
 	"context"
 	"os"
 	"os/signal"
+	"path/filepath"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -29,6 +30,9 @@ func main() {
 func call(ctx context.Context, name string, args []string) int {
 	if keeper.Started() && len(args) > 0 && args[0] == holderName {
 		return run(ctx, args) // of a composefs-fuse, whose name it has
+	}
+	if filepath.Base(name) == helperName {
+		return runMountHelper(ctx, args)
 	}
 	if tool := newTool(name); tool != nil {
 		return runTool(ctx, tool, args)

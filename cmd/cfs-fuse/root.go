@@ -97,6 +97,7 @@ func newRoot(g *global) *cobra.Command {
 		newDiff(g),
 		newLayers(g),
 		newExporter(g),
+		newVersion(),
 	)
 	for _, more := range extra {
 		root.AddCommand(more())
