@@ -23,6 +23,8 @@ type CheckOptions struct {
 	// Image checks the files of an image's folder, and says what is wrong
 	// with them. Nil: only the index of contents is checked.
 	Image func(d image.Digest, dir string) []error
+	// Progress hears of bytes as they are read. Nil: nobody does.
+	Progress func(n int64)
 	// Report hears of each problem as it is found. Nil: nobody does.
 	Report func(Problem)
 }
@@ -73,6 +75,14 @@ func (s *Store) Check(ctx context.Context, o CheckOptions) (*Checked, error) {
 		return &c.res, fmt.Errorf("check store %s: %w", s.root, err)
 	}
 	return &c.res, nil
+}
+
+// read counts bytes that are read.
+func (c *checker) read(n int64) {
+	c.res.BytesRead += n
+	if c.o.Progress != nil {
+		c.o.Progress(n)
+	}
 }
 
 // found counts and reports a problem.
@@ -249,7 +259,7 @@ func (c *checker) content(path string, d image.Digest, st unix.Stat_t) error {
 		}
 	}
 	if c.o.Read && wrong == "" {
-		c.res.BytesRead += w.size
+		c.read(w.size)
 		computed, content, err := hashFile(w.fd, w.size, true, true)
 		switch {
 		case err != nil:
@@ -289,7 +299,7 @@ func (c *checker) link(fd int, full string, d, object image.Digest, st unix.Stat
 	if err != nil && !errors.Is(err, unix.ENOENT) {
 		return err
 	}
-	c.res.BytesRead += st.Size
+	c.read(st.Size)
 	computed, _, herr := hashFile(fd, st.Size, true, false)
 	if herr != nil {
 		return nil // --read says what is wrong with it
@@ -342,7 +352,7 @@ func (c *checker) object(path string, d image.Digest, st unix.Stat_t) error {
 		return err
 	}
 	defer unix.Close(fd)
-	c.res.BytesRead += st.Size
+	c.read(st.Size)
 	got, content, err := hashFile(fd, st.Size, true, true)
 	if err == nil && got == d {
 		if bad {
@@ -524,7 +534,7 @@ func (c *checker) stagedChunks(f *os.File, m *stageMap, locked bool) error {
 			continue
 		}
 		ch := x.Chunk(x.ContentChunk(i, k))
-		c.res.BytesRead += ch.Size
+		c.read(ch.Size)
 		if right, err := checkChunk(fd, ch); err != nil || !right {
 			bad = append(bad, k)
 			m.bits[k/8] &^= 1 << (k % 8)

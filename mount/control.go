@@ -27,8 +27,10 @@ import (
 //	GET /status            the Status as JSON
 //	GET /profile           the access profile as JSON (image.Profile)
 //	GET /metrics           what the process has counted, as delimited protocol buffers
+//	GET /start             the Story of the start as JSON
 //	POST /swap?namespaces=PID,…
 //	                       204 once it is swapped, 409 and the reason when it cannot be
+//	POST /swap             204 once it is swapped, 409 and the reason when it cannot be
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
 //	POST /replace?path=P   204 once the program P is ready to go on with the mount, 409 and the reason if not
 type Control struct {
@@ -81,6 +83,7 @@ func answer(m *Mount, files Files, listener net.Listener) (*Control, error) {
 	mux.HandleFunc("GET /wait", c.wait)
 	mux.HandleFunc("GET /profile", c.profile)
 	mux.HandleFunc("GET /metrics", c.metrics)
+	mux.HandleFunc("GET /start", c.story)
 	mux.HandleFunc("POST /swap", c.swap)
 	mux.HandleFunc("POST /replace", c.replace)
 	c.http = &http.Server{Handler: mux, ReadHeaderTimeout: 10 * time.Second}

@@ -77,6 +77,7 @@ func OpenLowers(ctx context.Context, store *cache.Store, origin Origin, dir stri
 	m := newMount(src.String(), dir, o)
 	m.log = m.opts.Logger.With("source", src.String())
 	m.store, m.sharedStore, m.src = store, true, src
+	m.startStory()
 	defer func() {
 		if err != nil {
 			m.release()
@@ -93,9 +94,11 @@ func OpenLowers(ctx context.Context, store *cache.Store, origin Origin, dir stri
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return nil, hint.Wrap(err, "remove "+m.image.dir+" and pull the image again")
 	}
+	m.beginStory()
 	m.fetch = m.newFetcher(m.startProfile())
 	m.milestone(metrics.Mounted)
 	m.unwatch = o.Metrics.Watch(m.observe)
+	m.story.mounted()
 	return &Lowers{m: m, dir: dir, looked: make(chan struct{}), changed: changed}, nil
 }
 

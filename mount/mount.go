@@ -13,7 +13,7 @@
 // images/<manifest digest>/ has a sealed.json whose digest sealed.erofs has.
 //
 // What an image's folder holds (written whole, as a folder, or not at all; the
-// next two when it is sealed, the last when something was read):
+// next two when it is sealed, the last two when something was read):
 //
 //	manifest.json  the image manifest, byte for byte
 //	lazy.erofs     the merged tree; each file refers to its content digest
@@ -21,6 +21,7 @@
 //	sealed.erofs   the same tree, at the same nids; files refer to fs-verity digests
 //	sealed.json    the fs-verity digest of sealed.erofs, and what the kernel enforces of it
 //	profile.json   what programs read first, in order (image.Profile)
+//	start.json     the Story of the start of the last mount that fetched something
 //
 // and chunks.checked, which says that the chunks were checked since the machine
 // was started.
@@ -35,6 +36,7 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/cache"
@@ -103,6 +105,11 @@ type Options struct {
 	Budget cache.Budget
 	// Objects are the folders of objects of a composefs: source.
 	Objects []string
+	// Began is when the command was given, if that was before Start.
+	Began time.Time
+	// Progress, if set, hears of each step of the start and how far it has come,
+	// with a total of 0 if that is not known. It must not take long.
+	Progress func(what string, done, total int64)
 	// Metrics and Logger may be nil.
 	Metrics *metrics.Metrics
 	Logger  *slog.Logger
@@ -126,6 +133,8 @@ type Mount struct {
 	spare       *spareChunks // in front of contents
 	fetch       *fetcher.Fetcher
 	record      *recorder      // nil for composefs: sources
+	story       *story         // nil for what is only looked at
+	sealing     atomic.Int64   // files that seal has come to
 	inherited   []image.Access // the profile of a related image
 	src         fetcher.Source
 	reader      *erofs.Reader
@@ -184,6 +193,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	}
 	m := newMount(source, abs, o)
 	o = m.opts
+	m.startStory()
 	defer func() {
 		if err != nil {
 			m.release()
@@ -201,9 +211,11 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	if path, ok := composefsSource(source); ok {
 		return m, m.startComposefs(path)
 	}
+	m.story.phase("store")
 	if m.store, err = cache.Open(o.Root, cache.Options{Metrics: o.Metrics, Logger: o.Logger, Budget: o.Budget}); err != nil {
 		return nil, err
 	}
+	m.story.phase("image")
 	if m.src, err = fetcher.OpenSource(source, o.Source); err != nil {
 		return nil, err
 	}
@@ -212,10 +224,12 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 	}
 	m.status.ManifestDigest = m.image.digest.String()
 	m.log = m.log.With("image", m.image.digest.String())
+	m.story.phase("local files")
 	if m.contents, err = m.store.Contents(m.image.index); err != nil {
 		return nil, err
 	}
 	o.Metrics.NotFetched(metrics.PassedShared, m.contents.Progress().BytesLocal)
+	m.beginStory()
 	if rec, ok := m.sealedRecord(); ok {
 		if err := m.checkDigest(rec); err != nil {
 			return nil, err
@@ -234,6 +248,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 		return nil, err
 	}
 	m.lazyFrom = m.state() < Sealed
+	m.story.mounted()
 	m.startConductor()
 	return m, nil
 }
@@ -286,10 +301,13 @@ func (m *Mount) startConductor() {
 
 // serve starts the fetcher and mounts the image by FUSE or as a hybrid.
 func (m *Mount) serve() error {
+	m.story.phase("backend")
 	hybrid, why, err := m.chooseBackend()
 	if err != nil {
 		return err
 	}
+	m.story.detail("%s", why)
+	m.story.phase("mount")
 	m.fetch = m.newFetcher(m.startProfile())
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
@@ -331,7 +349,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 	}
 	m.spare = newSpareChunks(m.image.index, m.contents, m.opts.SpareMemory)
 	return fetcher.New(m.image.index, blobs, m.spare, fetcher.FetchOptions{
-		Share: m.opts.Share, First: first, Metrics: m.opts.Metrics, Logger: m.log})
+		Share: m.opts.Share, First: first, Waited: m.story.waited(m.image.index), Metrics: m.opts.Metrics, Logger: m.log})
 }
 
 func (m *Mount) fuseOptions() fusefs.Options {

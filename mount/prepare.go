@@ -84,6 +84,7 @@ func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 			}
 		}
 	}
+	m.story.phase("manifest")
 	manifest, err := m.src.Resolve(ctx)
 	if err != nil {
 		// A local source that was moved away is no reason not to mount what
@@ -239,17 +240,22 @@ func mapFile(path string) ([]byte, error) {
 // write makes the folder of an image: beside its name, synced, renamed.
 func (m *Mount) write(ctx context.Context, manifest *fetcher.Manifest) (Work, error) {
 	m.log.Debug("manifest read", "after", time.Since(m.started))
+	m.story.phase("tables of contents")
 	layers, insecure, fetched, err := m.readTOCs(ctx, manifest)
 	if err != nil {
 		return fetched, err
 	}
 	m.log.Debug("tables of contents read", "after", time.Since(m.started))
+	m.story.detail("%d layers, %d bytes in %d requests", len(layers), fetched.Bytes, fetched.Requests)
+	m.story.phase("merge")
 	tree, err := image.Merge(layers)
 	if err != nil {
 		return fetched, hint.Wrap(fmt.Errorf("merge the layers of %s: %w", manifest.Digest, err),
 			"the image is malformed; build it anew or report it to its author")
 	}
 	m.log.Debug("layers merged", "after", time.Since(m.started))
+	m.story.detail("%d names", tree.Names)
+	m.story.phase("write the tree")
 	dir := m.imageDir(manifest.Digest)
 	tmp, err := os.MkdirTemp(m.store.Images(), ".tmp-*")
 	if err != nil {
@@ -296,7 +302,7 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []i
 		return nil, false, Work{}, fmt.Errorf("image %s: %d layers, the limit is %d", manifest.Digest, n, maxLayers)
 	}
 	layers := make([]image.Layer, len(manifest.Layers))
-	var requests, bytes, entries atomic.Int64
+	var requests, bytes, entries, done atomic.Int64
 	var unvouched atomic.Bool
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(tocsAtOnce)
@@ -328,6 +334,7 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []i
 				return fmt.Errorf("image %s: more than %d files and folders in its layers", manifest.Digest, maxEntries)
 			}
 			layers[i] = image.Layer{Digest: digest, Size: desc.Size, TOC: t}
+			m.story.progress("tables of contents", done.Add(1), int64(len(layers)))
 			return nil
 		})
 	}

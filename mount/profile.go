@@ -33,8 +33,10 @@ const (
 // A recorder notes the first read of each chunk of an image, in their order.
 type recorder struct {
 	index *image.Index
-	seen  []atomic.Uint64 // bit j: chunk j has been read
-	full  atomic.Bool     // no more is noted
+	seen  []atomic.Uint64             // bit j: chunk j has been noted
+	used  []atomic.Uint64             // bit j: chunk j has been read of this mount
+	full  atomic.Bool                 // no more is noted
+	use   func(chunk int, size int64) // hears of the first read of each chunk; may be nil
 
 	mu       sync.Mutex
 	accesses []image.Access
@@ -43,12 +45,14 @@ type recorder struct {
 
 // newRecorder makes a recorder that has noted the accesses already.
 func newRecorder(x *image.Index, accesses []image.Access) *recorder {
-	r := &recorder{index: x, seen: make([]atomic.Uint64, (x.Chunks()+63)/64)}
+	words := (x.Chunks() + 63) / 64
+	r := &recorder{index: x, seen: make([]atomic.Uint64, words), used: make([]atomic.Uint64, words)}
 	for _, a := range accesses {
 		if i, ok := x.Find(a.Content); ok {
 			r.note(i, a.Off, a.N)
 		}
 	}
+	clear(r.used)
 	r.saved = len(r.accesses)
 	return r
 }
@@ -62,7 +66,7 @@ func (r *recorder) note(content int, off, n int64) {
 	c := r.index.Content(content)
 	for k := firstChunk(r.index, content, c.Chunks, off); k < c.Chunks; k++ {
 		j := r.index.ContentChunk(content, k)
-		word, bit := &r.seen[j/64], uint64(1)<<(j%64)
+		word, bit := &r.used[j/64], uint64(1)<<(j%64)
 		if word.Load()&bit != 0 && k+1 == c.Chunks {
 			return
 		}
@@ -70,7 +74,13 @@ func (r *recorder) note(content int, off, n int64) {
 		if ch.FileOffset-off >= n {
 			return
 		}
-		if word.Or(bit)&bit == 0 && !ch.Zero {
+		if word.Or(bit)&bit != 0 || ch.Zero {
+			continue
+		}
+		if r.use != nil {
+			r.use(j, ch.Size)
+		}
+		if r.seen[j/64].Or(bit)&bit == 0 {
 			r.add(image.Access{Content: c.Digest, Off: ch.FileOffset, N: ch.Size})
 		}
 	}
@@ -116,6 +126,7 @@ func (r *recorder) noted() []image.Access {
 func (m *Mount) startProfile() []fetcher.Part {
 	own, related := m.findProfile()
 	m.record = newRecorder(m.image.index, own)
+	m.record.use = m.story.used
 	known := own
 	if len(known) == 0 {
 		known, m.inherited = related, related
@@ -126,6 +137,7 @@ func (m *Mount) startProfile() []fetcher.Part {
 			parts = append(parts, fetcher.Part{Content: i, Off: a.Off, N: a.N})
 		}
 	}
+	m.story.prefetch(len(parts))
 	m.log.Debug("access profile", "accesses", len(known), "in_this_image", len(parts), "of_this_image", len(own) > 0)
 	return parts
 }
@@ -267,6 +279,9 @@ func (m *Mount) keepProfile(ctx context.Context) {
 		}
 		if err := m.saveProfile(); err != nil {
 			m.log.Warn("the access profile was not saved", "error", err)
+		}
+		if err := m.saveStory(); err != nil {
+			m.log.Warn("not saved", "error", err)
 		}
 		if ctx.Err() != nil {
 			return

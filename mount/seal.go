@@ -69,11 +69,13 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 		return rec, m.checkDigest(rec)
 	}
 	rec := sealedRecord{Verity: verityEnabled}
+	m.sealing.Store(0)
 	root, err := sealedTree(ctx, m.image, func(d image.Digest) (v image.Digest, err error) {
 		content, ok := m.image.index.Find(d)
 		if !ok {
 			return v, errors.New("not in the index of chunks")
 		}
+		m.sealing.Add(1)
 		return m.contents.Verity(content)
 	})
 	if err != nil {

@@ -198,6 +198,9 @@ func (m *Mount) resumeImage(conn *fusesession.Session, st sessionState, wait fun
 	if m.contents, err = m.store.Contents(m.image.index); err != nil {
 		return err
 	}
+	m.startStory()
+	m.beginStory()
+	m.resumeStory()
 	m.fetch = m.newFetcher(m.startProfile())
 	contents.local, contents.spare, contents.fetch, contents.seen = m.contents, m.spare, m.fetch, m.record
 	return nil

@@ -236,6 +236,7 @@ func (m *Mount) fill(ctx context.Context) error {
 		return err
 	} else if r.Chunks > 0 {
 		m.opts.Metrics.NotFetched(metrics.PassedReused, r.Bytes)
+		m.story.shared(r.Bytes)
 		m.log.Info("taken from files of other images", "chunks", r.Chunks, "bytes", r.Bytes, "shared_bytes", r.Cloned)
 	}
 	if err := m.fetch.Fill(ctx); err != nil {

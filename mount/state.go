@@ -55,7 +55,8 @@ type Status struct {
 	BackendReason  string          `json:"backend_reason,omitempty"` // why it is fuse or hybrid
 	Files          int             `json:"files"`                    // distinct contents
 	FilesLocal     int             `json:"files_local"`
-	Bytes          int64           `json:"bytes"` // of distinct contents, uncompressed
+	FilesSealed    int64           `json:"files_sealed,omitempty"` // names that sealing has come to, while it goes on
+	Bytes          int64           `json:"bytes"`                  // of distinct contents, uncompressed
 	BytesLocal     int64           `json:"bytes_local"`
 	Fetched        map[string]Work `json:"fetched"` // by class of work
 	// FUSERequests is how often the kernel asked this process, by operation.
@@ -105,6 +106,9 @@ func (m *Mount) Status() Status {
 		p := m.contents.Progress()
 		s.Files, s.FilesLocal, s.Bytes, s.BytesLocal = p.Files, p.FilesLocal, p.Bytes, p.BytesLocal
 	}
+	if s.State == Complete {
+		s.FilesSealed = m.sealing.Load()
+	}
 	if m.server != nil {
 		s.FUSERequests = m.server.Requests()
 	}
@@ -142,6 +146,7 @@ func (m *Mount) update(f func(*Status)) {
 			m.milestone(s.String())
 		}
 	}
+	m.story.reached(state)
 }
 
 func (m *Mount) setState(s State) {

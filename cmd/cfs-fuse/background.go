@@ -9,9 +9,12 @@ import (
 	"os"
 	"os/exec"
 	"strconv"
+	"sync"
 	"syscall"
+	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/progress"
 	"github.com/cfs-fuse/cfs-fuse/mount"
 )
 
@@ -19,8 +22,13 @@ import (
 // to the command that started it.
 const readyEnv = "CFS_FUSE_READY_FD"
 
-// A report is what the background process says once: it serves, or why not.
+// A report is what the background process says: how far it has come, as often as
+// it likes, and then once that it serves, or why not.
 type report struct {
+	Step  string `json:"step,omitempty"`
+	Done  int64  `json:"done,omitempty"`
+	Total int64  `json:"total,omitempty"`
+
 	Error string `json:"error,omitempty"`
 	Hint  string `json:"hint,omitempty"`
 	Code  int    `json:"code"`
@@ -35,7 +43,10 @@ func (e *reportedError) Error() string { return e.report.Error }
 func (e *reportedError) ExitCode() int { return e.Code }
 
 // readiness is the background process's end of the pipe; nil elsewhere.
-type readiness struct{ w *os.File }
+type readiness struct {
+	mu sync.Mutex
+	w  *os.File
+}
 
 func readyPipe() *readiness {
 	fd, err := strconv.Atoi(os.Getenv(readyEnv))
@@ -44,12 +55,17 @@ func readyPipe() *readiness {
 	}
 	os.Unsetenv(readyEnv)
 	syscall.CloseOnExec(fd)
-	return &readiness{os.NewFile(uintptr(fd), "ready")}
+	return &readiness{w: os.NewFile(uintptr(fd), "ready")}
 }
 
 // report says how the start ended; later calls do nothing.
 func (r *readiness) report(err error) {
-	if r == nil || r.w == nil {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.w == nil {
 		return
 	}
 	var rep report
@@ -64,7 +80,7 @@ func (r *readiness) report(err error) {
 // background runs this command line again in a session of its own, which
 // outlives us and has the given capabilities besides the usual ones, and returns
 // when that process reports.
-func background(ctx context.Context, runtimeDir, mountpoint string, capabilities []int) error {
+func background(ctx context.Context, runtimeDir, mountpoint string, capabilities []int, quiet bool) error {
 	abs, err := mount.ResolveMountpoint(mountpoint)
 	if err != nil {
 		return hint.Wrap(err, "name an existing folder (mkdir -p "+mountpoint+")")
@@ -85,7 +101,7 @@ func background(ctx context.Context, runtimeDir, mountpoint string, capabilities
 	defer r.Close()
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
 	cmd.Args[0] = os.Args[0]
-	cmd.Env = append(os.Environ(), readyEnv+"=3")
+	cmd.Env = append(os.Environ(), readyEnv+"=3", beganEnv+"="+strconv.FormatInt(processStart.UnixNano(), 10))
 	cmd.ExtraFiles = []*os.File{w}
 	cmd.Stdout, cmd.Stderr = log, log
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -96,8 +112,10 @@ func background(ctx context.Context, runtimeDir, mountpoint string, capabilities
 	}
 	stop := context.AfterFunc(ctx, func() { cmd.Process.Signal(syscall.SIGTERM) })
 	defer stop()
-	var rep report
-	if err := json.NewDecoder(r).Decode(&rep); err != nil {
+	bar := newBar(quiet)
+	rep, err := readReport(r, bar)
+	bar.Done()
+	if err != nil {
 		state := "gone"
 		if werr := cmd.Wait(); werr != nil {
 			state = werr.Error()
@@ -113,4 +131,72 @@ func background(ctx context.Context, runtimeDir, mountpoint string, capabilities
 		return hint.Wrap(&reportedError{rep}, rep.Hint)
 	}
 	return cmd.Process.Release()
+}
+
+// readReport shows how far the background process has come, until it says the
+// last word.
+func readReport(r io.Reader, bar *progress.Bar) (report, error) {
+	reports := make(chan report)
+	failed := make(chan error, 1)
+	go func() {
+		dec := json.NewDecoder(r)
+		for {
+			var rep report
+			if err := dec.Decode(&rep); err != nil {
+				failed <- err
+				return
+			}
+			reports <- rep
+			if rep.Step == "" {
+				return
+			}
+		}
+	}()
+	tick := time.NewTicker(100 * time.Millisecond)
+	defer tick.Stop()
+	var at report
+	for {
+		select {
+		case rep := <-reports:
+			if rep.Step == "" {
+				return rep, nil
+			}
+			at = rep
+		case err := <-failed:
+			return report{}, err
+		case <-tick.C: // time passes, too
+		}
+		if at.Step != "" {
+			bar.Set(at.Step, progress.Items, at.Done, at.Total)
+		}
+	}
+}
+
+// step says how far the start has come.
+func (r *readiness) step(what string, done, total int64) {
+	if r == nil {
+		return
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if r.w != nil {
+		json.NewEncoder(r.w).Encode(report{Step: what, Done: done, Total: total})
+	}
+}
+
+// beganEnv has the time at which the command of a background process was given,
+// in nanoseconds since 1970.
+const beganEnv = "CFS_FUSE_BEGAN"
+
+// processStart is when this process began, so far as it can know.
+var processStart = time.Now()
+
+// commandBegan returns when the command was given.
+func commandBegan() time.Time {
+	n, err := strconv.ParseInt(os.Getenv(beganEnv), 10, 64)
+	os.Unsetenv(beganEnv)
+	if err != nil || time.Since(time.Unix(0, n)) > time.Minute {
+		return processStart
+	}
+	return time.Unix(0, n)
 }

@@ -12,6 +12,7 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/cache"
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/internal/progress"
 	"github.com/cfs-fuse/cfs-fuse/mount"
 )
 
@@ -25,7 +26,7 @@ type checkReport struct {
 
 func newCacheCheck(f *cacheFlags) *cobra.Command {
 	var o cache.CheckOptions
-	var repair bool
+	var repair, quiet bool
 	var opts mount.Options
 	cmd := &cobra.Command{
 		Use:   "check",
@@ -50,7 +51,15 @@ The exit code is 1 if a problem was found that is not repaired.`,
 			o.Image = mount.CheckImage
 			rep := checkReport{Found: []cache.Problem{}, Fetched: []string{}, Lost: []string{}}
 			o.Report = func(p cache.Problem) { rep.Found = append(rep.Found, p) }
-			if rep.Checked, err = s.Check(cmd.Context(), o); err != nil {
+			bar := newBar(quiet)
+			if o.Read && !quiet {
+				if err := showRead(cmd.Context(), s, bar, &o); err != nil {
+					return err
+				}
+			}
+			rep.Checked, err = s.Check(cmd.Context(), o)
+			bar.Done()
+			if err != nil {
 				return err
 			}
 			lost := rep.Checked.Lost
@@ -76,9 +85,24 @@ The exit code is 1 if a problem was found that is not repaired.`,
 	fl := cmd.Flags()
 	fl.BoolVar(&o.Read, "read", false, "read every file and compare its digest")
 	fl.BoolVar(&repair, "repair", false, "fetch again what is damaged")
+	fl.BoolVarP(&quiet, "quiet", "q", false, "show no progress")
 	fl.BoolVar(&opts.Source.PlainHTTP, "plain-http", false, "speak HTTP, not HTTPS, to registries")
 	fl.StringVar(&opts.Source.HostsDir, "hosts-dir", "/etc/containerd/certs.d", "`folder` of containerd's hosts.toml files")
 	return cmd
+}
+
+// showRead has a bar show how much of the store's bytes was read.
+func showRead(ctx context.Context, s *cache.Store, bar *progress.Bar, o *cache.CheckOptions) error {
+	u, err := s.Usage(ctx)
+	if err != nil {
+		return err
+	}
+	total, done := u.ContentBytes+u.StagedBytes, int64(0)
+	o.Progress = func(n int64) {
+		bar.Set("reading the store", progress.Bytes, done, max(done, total))
+		done += n
+	}
+	return nil
 }
 
 func (r *checkReport) write(w io.Writer) error {

@@ -58,6 +58,7 @@ type mountFlags struct {
 	options          []string
 	digest, pull     string
 	fill, foreground bool
+	quiet            bool
 	metricsAddr      string
 	memory, rate     bytesFlag
 }
@@ -105,6 +106,7 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 	fl.StringArrayVar(&f.opts.Objects, "objects", nil, "`folder` of objects of a composefs: source (may be repeated)")
 	addBudget(cmd, &f.opts.Budget)
 	addSwapNamespaces(cmd, &f.namespaces)
+	fl.BoolVarP(&f.quiet, "quiet", "q", false, "show no progress")
 	fl.BoolVar(&f.foreground, "foreground", false, "stay in the foreground, log to standard error, unmount on Ctrl-C")
 }
 
@@ -187,7 +189,7 @@ func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint stri
 		if err := checkSource(source, f.opts.Source); err != nil {
 			return err
 		}
-		return background(ctx, f.opts.Runtime, mountpoint, f.capabilities())
+		return background(ctx, f.opts.Runtime, mountpoint, f.capabilities(), f.quiet)
 	}
 	err = f.serve(ctx, source, mountpoint, ready, before)
 	if before.resumes() && err != nil {
@@ -245,6 +247,7 @@ func (f *mountFlags) serve(ctx context.Context, source, mountpoint string, ready
 		f.opts.Logger.Warn("what this mount counts will be missing in the node's metrics", "error", err)
 	}
 	defer f.opts.Metrics.Retire() // what it lost is in nobody's way
+	f.opts.Began, f.opts.Progress = commandBegan(), ready.step
 	var m *mount.Mount
 	var control *mount.Control
 	var err error

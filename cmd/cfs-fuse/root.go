@@ -86,6 +86,7 @@ func newRoot(g *global) *cobra.Command {
 		newProfile(g),
 		newCache(g),
 		newErofs(),
+		newExplain(g),
 		newInspect(g),
 		newLs(g),
 		newTree(g),

@@ -12,6 +12,7 @@ import (
 func newWait(g *global) *cobra.Command {
 	var state string
 	var timeout time.Duration
+	var quiet bool
 	cmd := &cobra.Command{
 		Use:   "wait --for STATE MOUNTPOINT",
 		Short: "Wait until a mount has reached a state",
@@ -39,11 +40,12 @@ Exit code 4 says that the state will never be reached, and the message why.`,
 				ctx, cancel = context.WithTimeout(ctx, timeout)
 				defer cancel()
 			}
-			return mount.Await(ctx, g.runtimeDir, args[0], want)
+			return awaitState(ctx, g.runtimeDir, args[0], want, quiet)
 		},
 	}
 	cmd.Flags().StringVar(&state, "for", "", "the `state` to wait for: complete, sealed or swapped")
 	cmd.Flags().DurationVar(&timeout, "timeout", 0, "give up after this long, e.g. 90s (default never)")
+	cmd.Flags().BoolVarP(&quiet, "quiet", "q", false, "show no progress")
 	cmd.MarkFlagRequired("for")
 	return cmd
 }
