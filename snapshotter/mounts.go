@@ -134,8 +134,20 @@ func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choi
 			options = append(options, "verity=require")
 		}
 	}
-	return []containerdmount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+	mounts := []containerdmount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
+	if c != nil && len(c.Stack.Data) > 0 {
+		mounts = append(mounts, nothing)
+	}
+	return mounts
 }
+
+// nothing is a mount that containerd does nothing for: a remount without
+// options. With it, it does not take the other one for an overlayfs whose layers
+// it may look into by itself: it would split lowerdir= at each colon, and find
+// files without their bytes in the EROFS mount. It does so when it looks for
+// users in /etc/passwd (openOverlay in its internal/fsview), and when it unpacks
+// a layer (core/diff/apply); now it mounts for both.
+var nothing = containerdmount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
 
 // overlayOptions are those of every overlayfs. Folders can be renamed as on
 // other filesystems, not only copied (redirect_dir=); and a folder of
