@@ -136,7 +136,7 @@ func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choi
 	}
 	mounts := []containerdmount.Mount{{Type: "overlay", Source: "overlay", Options: options}}
 	if c != nil && len(c.Stack.Data) > 0 {
-		mounts = append(mounts, nothing)
+		mounts = append(mounts, nothing(active))
 	}
 	return mounts
 }
@@ -146,8 +146,15 @@ func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choi
 // it may look into by itself: it would split lowerdir= at each colon, and find
 // files without their bytes in the EROFS mount. It does so when it looks for
 // users in /etc/passwd (openOverlay in its internal/fsview), and when it unpacks
-// a layer (core/diff/apply); now it mounts for both.
-var nothing = containerdmount.Mount{Type: "none", Source: "none", Options: []string{"remount"}}
+// a layer (core/diff/apply); now it mounts for both. Who runs the commands of
+// 'ctr snapshot mounts' remounts what is there.
+func nothing(active bool) containerdmount.Mount {
+	access := "ro"
+	if active {
+		access = "rw"
+	}
+	return containerdmount.Mount{Type: "none", Source: "none", Options: []string{"remount", access}}
+}
 
 // overlayOptions are those of every overlayfs. Folders can be renamed as on
 // other filesystems, not only copied (redirect_dir=); and a folder of
