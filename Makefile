@@ -173,6 +173,12 @@ bench-store:
 soak-kill:
 	CFS_FUSE_SOAK_KILLS=1000 $(GO) test ./e2e/store -count 1 -timeout 2h -v -run TestKillSoak
 
+## soak-containerd  20 containers of 5 images, the snapshotter killed every 2 s for a minute (root)
+.PHONY: soak-containerd
+soak-containerd: build
+	APT="$(APT)" sh e2e/deps.sh
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) CFS_FUSE_SOAK=1m $(GO) test -timeout 30m -count 1 -v -run TestKillSoak ./e2e/containerd
+
 ## soak-budget  fill, evict and mount again under half the budget, for an hour (root)
 .PHONY: soak-budget
 soak-budget:
@@ -189,6 +195,12 @@ bench-start: build
 	APT="$(APT)" sh e2e/deps.sh
 	$(GO) build -trimpath -o bin/benchstart ./e2e/benchstart
 	unshare --mount --propagation private bin/benchstart -bin $(BIN) $(BENCH_ARGS)
+
+## bench-containerd  ctr pull and run to the first output, beside overlayfs and any other snapshotter (root; BENCH_ARGS=-help)
+.PHONY: bench-containerd
+bench-containerd: build
+	APT="$(APT)" sh e2e/deps.sh
+	$(GO) run ./e2e/benchcontainerd -bin $(BIN) $(BENCH_ARGS)
 
 ## bench-fs mounts beside ext4, overlayfs and passthrough: medians, ratios, FUSE requests (root, a quiet machine)
 .PHONY: bench-fs

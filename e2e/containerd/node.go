@@ -113,11 +113,10 @@ type Options struct {
 
 // A Node is a containerd with a snapshotter.
 type Node struct {
-	o       Options
-	socket  string
-	daemon  *exec.Cmd
-	snap    *exec.Cmd
-	running int
+	o      Options
+	socket string
+	daemon *exec.Cmd
+	snap   *exec.Cmd
 }
 
 // Start starts both, and returns when they answer.
@@ -238,17 +237,23 @@ func (n *Node) Log(what string) string {
 	return string(text[max(0, len(text)-6000):])
 }
 
-// Ctr runs ctr and returns its standard output.
-func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
+// Command is ctr with the node's containerd, not started.
+func (n *Node) Command(ctx context.Context, args ...string) *exec.Cmd {
 	command := filepath.Join(n.o.Bin, "ctr")
 	if n.o.Bin == "" {
 		command = "/usr/bin/ctr"
 	}
 	cmd := exec.CommandContext(ctx, command, append([]string{"--address", n.socket}, args...)...)
 	cmd.Env = n.env()
+	cmd.WaitDelay = time.Second
+	return cmd
+}
+
+// Ctr runs ctr and returns its standard output.
+func (n *Node) Ctr(ctx context.Context, args ...string) (string, error) {
+	cmd := n.Command(ctx, args...)
 	var out, errs bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &errs
-	cmd.WaitDelay = time.Second
 	if err := cmd.Run(); err != nil {
 		return out.String(), fmt.Errorf("ctr %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errs.String()+" "+lastLine(out.String())))
 	}
