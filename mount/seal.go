@@ -45,6 +45,10 @@ type sealedRecord struct {
 	// and each object ("enabled"), and a mount that enforces it was tried
 	// ("enforced").
 	Verity string `json:"verity"`
+	// OCI is the digest that the image would have if it were made as composefs-rs
+	// makes one of an OCI image, in hexadecimal. It is computed where the
+	// manifest's author has sealed another image than ours.
+	OCI string `json:"composefs_oci_digest,omitempty"`
 	// Reason says why it is not more: the kernel's.
 	Reason string `json:"reason,omitempty"`
 }
@@ -99,6 +103,9 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 	if rec.Composefs, err = measure(tmp); err != nil {
 		return rec, err
 	}
+	if a := m.image.author; a != "" && m.opts.Digest.IsZero() && a != rec.Composefs.String() {
+		rec.OCI = m.ociDigest(ctx)
+	}
 	if err := m.checkDigest(rec); err != nil {
 		return rec, err
 	}
@@ -125,6 +132,23 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 	return rec, durable.WriteFile(m.image.path(recordName), append(data, '\n'), 0o644)
 }
 
+// ociDigest is what sealedRecord.OCI says, "" if it cannot be had.
+func (m *Mount) ociDigest(ctx context.Context) string {
+	sum, err := m.image.otherForm(ctx, sealedHashing, true, func(d image.Digest) ([]byte, error) {
+		content, ok := m.image.index.Find(d)
+		if !ok {
+			return nil, errors.New("not in the index of chunks")
+		}
+		v, err := m.contents.Verity(content)
+		return v[:], err
+	}, m.store.ContentsDir())
+	if err != nil {
+		m.log.Warn("the image cannot be made as composefs-rs would", "error", err)
+		return ""
+	}
+	return hex.EncodeToString(sum)
+}
+
 // unsupported notes in the record that there is no fs-verity where the store
 // is, if that is what err says; any other error it returns.
 func (m *Mount) unsupported(rec *sealedRecord, err error) error {
@@ -149,6 +173,16 @@ func tryEnforced(imagePath, objects string, digest hexDigest) (obtained string, 
 // sealedTree is the tree of lazy.erofs with each file's content digest
 // replaced by the fs-verity digest that verityOf gives for it.
 func sealedTree(ctx context.Context, p *preparedImage, verityOf func(image.Digest) (image.Digest, error)) (*erofs.Node, error) {
+	return p.treeWith(ctx, func(n *erofs.Node) error {
+		v, err := verityOf(image.Digest(n.Digest))
+		n.Target, n.Digest = v.Path(), v[:]
+		return err
+	})
+}
+
+// treeWith is the tree of lazy.erofs after fill was called for each file that
+// has a content digest in the place of an fs-verity digest.
+func (p *preparedImage) treeWith(ctx context.Context, fill func(n *erofs.Node) error) (*erofs.Node, error) {
 	r, err := erofs.OpenFile(p.path(lazyName))
 	if err != nil {
 		return nil, err
@@ -161,11 +195,10 @@ func sealedTree(ctx context.Context, p *preparedImage, verityOf func(image.Diges
 	var convert func(n *erofs.Node) error
 	convert = func(n *erofs.Node) error {
 		if n.Link == nil && len(n.Digest) > 0 {
-			v, err := verityOf(image.Digest(n.Digest))
-			if err != nil {
-				return fmt.Errorf("fs-verity digest of content %x: %w", n.Digest, err)
+			content := n.Digest
+			if err := fill(n); err != nil {
+				return fmt.Errorf("fs-verity digest of content %x: %w", content, err)
 			}
-			n.Target, n.Digest = v.Path(), v[:]
 		}
 		for _, c := range n.Children {
 			if err := ctx.Err(); err != nil {
@@ -226,7 +259,7 @@ var errWrongDigest = errors.New("wrong image")
 // checkDigest compares a sealed image's digest with the one asked for, or else
 // with the one that the manifest's author sealed.
 func (m *Mount) checkDigest(rec sealedRecord) error {
-	if a := m.image.author; a != "" && m.opts.Digest.IsZero() && a != rec.Composefs.String() {
+	if a := m.image.author; a != "" && m.opts.Digest.IsZero() && a != rec.Composefs.String() && a != rec.OCI {
 		return hint.Wrap(fmt.Errorf("%w: the sealed image's fs-verity digest is %s, the manifest's annotation %s says %s", errWrongDigest, rec.Composefs, sealingKey, a),
 			"the author has sealed another form of the image; if this one is right, say --digest "+rec.Composefs.String())
 	}

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -132,6 +131,7 @@ type verifier struct {
 
 	manifest *fetcher.Manifest
 	layers   []image.Layer // as their TOCs are now; nil if not all could be read
+	digests  map[image.Digest]digestSet
 }
 
 func (v *verifier) run(ctx context.Context) (*Link, error) {
@@ -241,6 +241,8 @@ const shown = 10
 func (v *verifier) contents(ctx context.Context, parent *Link) (map[image.Digest]image.Digest, error) {
 	x := v.m.image.index
 	verityOf := make(map[image.Digest]image.Digest, x.Contents())
+	more := v.neededHashings()
+	v.digests = make(map[image.Digest]digestSet, x.Contents())
 	var size int64
 	absent, enabled, bad := 0, 0, 0
 	files := parent.add("", Proven, "")
@@ -255,9 +257,14 @@ func (v *verifier) contents(ctx context.Context, parent *Link) (map[image.Digest
 			continue
 		}
 		var sum image.Digest
+		var sums digestSet
 		if err == nil {
-			sum, err = checkContent(f, ct)
+			sums, err = checkContent(f, ct, more)
 			f.Close()
+		}
+		if err == nil {
+			sum = image.Digest(sums[sealedHashing])
+			v.digests[ct.Digest] = sums
 		}
 		on := false
 		if err == nil {
@@ -292,17 +299,28 @@ func (v *verifier) contents(ctx context.Context, parent *Link) (map[image.Digest
 	return verityOf, nil
 }
 
-// checkContent reads a content and compares its SHA-256 with its digest.
-func checkContent(f *os.File, ct image.Content) (image.Digest, error) {
-	h, tree := sha256.New(), verity.New(verity.SHA256)
-	n, err := io.Copy(io.MultiWriter(h, tree), f)
+// checkContent reads a content and compares its SHA-256 with its digest. It
+// returns its fs-verity digests, the usual one and more.
+func checkContent(f *os.File, ct image.Content, more []hashing) (digestSet, error) {
+	h := sha256.New()
+	to := []io.Writer{h}
+	trees := map[hashing]*verity.Hash{}
+	for _, how := range append([]hashing{sealedHashing}, more...) {
+		trees[how] = how.hash()
+		to = append(to, trees[how])
+	}
+	n, err := io.Copy(io.MultiWriter(to...), f)
 	if err == nil && n != ct.Size {
 		err = fmt.Errorf("%d bytes, want %d", n, ct.Size)
 	}
 	if got := image.Digest(h.Sum(nil)); err == nil && got != ct.Digest {
 		err = fmt.Errorf("its SHA-256 is %s", got)
 	}
-	return image.Digest(tree.Sum()), err
+	sums := digestSet{}
+	for how, tree := range trees {
+		sums[how] = tree.Sum()
+	}
+	return sums, err
 }
 
 // object compares what lies under an fs-verity digest's name with it. It
@@ -369,11 +387,12 @@ func (v *verifier) sealed(ctx context.Context, parent *Link, verityOf map[image.
 	if !m.opts.Digest.IsZero() {
 		parent.check("--digest", m.checkDigest(rec), "it is the digest that was asked for")
 	}
-	if a, err := sealingAnnotation(v.manifest); a != "" || err != nil {
-		if err == nil && a != got.String() {
-			err = fmt.Errorf("it is %s", a)
-		}
-		parent.check("annotation "+sealingKey, err, "the manifest's author sealed the same image")
+	all := v.digests
+	if len(verityOf) < m.image.index.Contents() {
+		all = nil
+	}
+	if err := v.claims(ctx, parent, got, all); err != nil {
+		return nil, err
 	}
 	f, err := os.Open(m.image.path(sealedName))
 	if err != nil {
@@ -404,29 +423,6 @@ func (v *verifier) mounted(parent *Link) {
 	default:
 		parent.add(what, Proven, "the kernel mounts the sealed image with verity=require: it opens no object with another digest")
 	}
-}
-
-// sealingKey is the manifest's annotation for the image that all layers merge
-// into (format document 4).
-const sealingKey = "composefs.merged.erofs.v1.fsverity-sha256-12"
-
-// sealingAnnotation returns the fs-verity digest, in hexadecimal, that the
-// manifest says the sealed image has, "" if it says none.
-func sealingAnnotation(m *fetcher.Manifest) (string, error) {
-	var raw struct {
-		Annotations map[string]string `json:"annotations"`
-	}
-	if err := json.Unmarshal(m.Raw, &raw); err != nil {
-		return "", err
-	}
-	a := strings.TrimPrefix(raw.Annotations[sealingKey], "sha256:")
-	if a == "" {
-		return "", nil
-	}
-	if b, err := hex.DecodeString(a); err != nil || len(b) != sha256.Size || strings.ToLower(a) != a {
-		return "", fmt.Errorf("annotation %s: %.100q is no SHA-256 digest in hexadecimal", sealingKey, a)
-	}
-	return a, nil
 }
 
 // diffIDs reads what the image's config says the uncompressed layers are.

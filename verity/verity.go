@@ -31,6 +31,7 @@ import (
 	"fmt"
 	"hash"
 	"io"
+	"math/bits"
 )
 
 // BlockSize is the size in bytes of the blocks that are hashed.
@@ -76,8 +77,8 @@ const maxLevels = 10
 
 // A level collects what is not yet a whole block of one level of the tree.
 type level struct {
-	buf   [BlockSize]byte
-	n     int    // bytes in buf; below BlockSize except inside add
+	buf   []byte // of a block
+	n     int    // bytes in buf; below a block except inside add
 	total uint64 // bytes ever added
 }
 
@@ -86,6 +87,7 @@ type level struct {
 // the size. It is not safe for use by several goroutines.
 type Hash struct {
 	alg    Algorithm
+	size   int // of a block
 	h      hash.Hash
 	levels [maxLevels]*level // levels[0] is the data, nil above the highest in use
 	sum    [sha512.Size]byte // scratch
@@ -93,8 +95,18 @@ type Hash struct {
 
 // New returns a Hash of no bytes. It panics if alg is neither SHA256 nor
 // SHA512.
-func New(alg Algorithm) *Hash {
-	h := &Hash{alg: alg}
+func New(alg Algorithm) *Hash { return newHash(alg, BlockSize) }
+
+// LargeBlock is the other size of a block in bytes for which the composefs
+// sealing specification has names.
+const LargeBlock = 65536
+
+// NewLarge is New with blocks of LargeBlock bytes. The kernel has them only
+// where its pages are as large.
+func NewLarge(alg Algorithm) *Hash { return newHash(alg, LargeBlock) }
+
+func newHash(alg Algorithm, size int) *Hash {
+	h := &Hash{alg: alg, size: size}
 	switch alg {
 	case SHA256:
 		h.h = sha256.New()
@@ -103,9 +115,11 @@ func New(alg Algorithm) *Hash {
 	default:
 		panic("verity: " + alg.String())
 	}
-	h.levels[0] = new(level)
+	h.levels[0] = h.newLevel()
 	return h
 }
+
+func (h *Hash) newLevel() *level { return &level{buf: make([]byte, h.size)} }
 
 // Algorithm returns what New was given.
 func (h *Hash) Algorithm() Algorithm { return h.alg }
@@ -132,17 +146,17 @@ func (h *Hash) Write(p []byte) (int, error) {
 		k := copy(l.buf[l.n:], p)
 		l.n += k
 		p = p[k:]
-		if l.n < BlockSize {
+		if l.n < h.size {
 			return written, nil
 		}
-		h.add(1, h.block(l.buf[:]))
+		h.add(1, h.block(l.buf))
 		l.n = 0
 	}
-	for len(p) >= BlockSize {
-		h.add(1, h.block(p[:BlockSize]))
-		p = p[BlockSize:]
+	for len(p) >= h.size {
+		h.add(1, h.block(p[:h.size]))
+		p = p[h.size:]
 	}
-	l.n = copy(l.buf[:], p)
+	l.n = copy(l.buf, p)
 	return written, nil
 }
 
@@ -157,15 +171,15 @@ func (h *Hash) block(b []byte) []byte {
 func (h *Hash) add(k int, sum []byte) {
 	for ; ; k++ {
 		if h.levels[k] == nil {
-			h.levels[k] = new(level)
+			h.levels[k] = h.newLevel()
 		}
 		l := h.levels[k]
 		l.n += copy(l.buf[l.n:], sum)
 		l.total += uint64(len(sum))
-		if l.n < BlockSize {
+		if l.n < h.size {
 			return
 		}
-		sum = h.block(l.buf[:])
+		sum = h.block(l.buf)
 		l.n = 0
 	}
 }
@@ -176,7 +190,7 @@ func (h *Hash) Sum() []byte {
 	var desc [256]byte
 	desc[0] = 1
 	desc[1] = byte(h.alg)
-	desc[2] = 12
+	desc[2] = byte(bits.TrailingZeros(uint(h.size)))
 	binary.LittleEndian.PutUint64(desc[8:], h.levels[0].total)
 	h.root(desc[16:80])
 	h.h.Reset()
@@ -189,12 +203,16 @@ func (h *Hash) Sum() []byte {
 // level below, which that level has not passed up.
 func (h *Hash) root(dst []byte) {
 	size := uint64(h.alg.Size())
-	var spare [BlockSize]byte
+	var small [BlockSize]byte
+	spare := small[:]
+	if h.size > len(spare) {
+		spare = make([]byte, h.size)
+	}
 	var carry []byte
 	for k, l := range h.levels {
 		total, n := uint64(0), 0
 		if l != nil {
-			total, n = l.total, copy(spare[:], l.buf[:l.n])
+			total, n = l.total, copy(spare, l.buf[:l.n])
 		}
 		n += copy(spare[n:], carry)
 		total += uint64(len(carry))
@@ -208,7 +226,7 @@ func (h *Hash) root(dst []byte) {
 			carry = nil
 		default:
 			clear(spare[n:])
-			carry = h.block(spare[:])
+			carry = h.block(spare)
 		}
 	}
 }

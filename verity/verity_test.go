@@ -10,6 +10,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -215,5 +216,50 @@ func BenchmarkHash(b *testing.B) {
 				h.Write(p)
 			}
 		})
+	}
+}
+
+// Large blocks against fsverity(1).
+func TestLargeBlocks(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	for _, alg := range []Algorithm{SHA256, SHA512} {
+		for _, size := range []int{0, 1, 65535, 65536, 65537, 200_000} {
+			data := bytes.Repeat([]byte("large block "), size/12+1)[:size]
+			if err := os.WriteFile(path, data, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			out, err := exec.Command("fsverity", "digest", "--compact", "--hash-alg="+alg.String(), "--block-size=65536", path).Output()
+			if err != nil {
+				t.Fatal("fsverity: ", err)
+			}
+			h := NewLarge(alg)
+			h.Write(data[:size/2])
+			h.Write(data[size/2:])
+			if got := hex.EncodeToString(h.Sum()); got != strings.TrimSpace(string(out)) {
+				t.Errorf("%v of %d bytes: %s, fsverity says %s", alg, size, got, out)
+			}
+		}
+	}
+	// Of a tree of three levels, which fsverity(1) is slow to read from a disk:
+	// that of zeros follows from the hashes of one block a level.
+	h := NewLarge(SHA512)
+	zeros := make([]byte, 1<<20)
+	for range (LargeBlock/64)*LargeBlock/len(zeros) + 1 {
+		h.Write(zeros)
+	}
+	size := h.Size()
+	blocks := size / LargeBlock
+	level := sha512.Sum512(zeros[:LargeBlock])
+	full := sha512.Sum512(bytes.Repeat(level[:], LargeBlock/64))
+	rest := append(bytes.Repeat(level[:], int(blocks%(LargeBlock/64))), make([]byte, LargeBlock)...)[:LargeBlock]
+	last := sha512.Sum512(rest)
+	top := append(append([]byte{}, full[:]...), last[:]...)
+	root := sha512.Sum512(append(top, make([]byte, LargeBlock-len(top))...))
+	desc := make([]byte, 256)
+	desc[0], desc[1], desc[2] = 1, 2, 16
+	binary.LittleEndian.PutUint64(desc[8:], uint64(size))
+	copy(desc[16:], root[:])
+	if want := sha512.Sum512(desc); !bytes.Equal(h.Sum(), want[:]) {
+		t.Errorf("three levels: %x, want %x", h.Sum(), want)
 	}
 }
