@@ -306,6 +306,10 @@ const (
 	lingerTime = time.Second
 )
 
+// How long an unmount bears that the mount is busy: a swap, or somebody's look
+// at the mount point, holds it for an instant.
+const busyTime = 500 * time.Millisecond
+
 // Await returns nil when the mount at mountpoint has reached state; for
 // Swapped also when the process that served it has left, unless open files
 // keep it. It fails with ErrStuck when the state never will be reached, and
@@ -421,6 +425,9 @@ func Unmount(ctx context.Context, runtimeDir, mountpoint string) error {
 	}
 	defer left.Close()
 	err = kmount.Unmount(abs)
+	for end := time.Now().Add(busyTime); errors.Is(err, unix.EBUSY) && time.Now().Before(end); err = kmount.Unmount(abs) {
+		time.Sleep(busyTime / 50)
+	}
 	if errors.Is(err, unix.EPERM) {
 		if out, ferr := exec.CommandContext(ctx, "fusermount3", "-u", abs).CombinedOutput(); ferr != nil {
 			err = fmt.Errorf("unmount %s: fusermount3: %s", abs, oneLine(string(out)))

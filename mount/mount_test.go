@@ -677,8 +677,19 @@ func testControl(t *testing.T, backend Backend) {
 	if err := Await(ctx, run, mnt, Sealed); err != nil {
 		t.Error(err)
 	}
+	held, err := os.Open(mnt)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := Unmount(ctx, run, mnt); !errors.Is(err, unix.EBUSY) {
+		t.Errorf("unmount of what is in use: %v, want EBUSY", err)
+	}
+	go func() {
+		time.Sleep(busyTime / 10)
+		held.Close()
+	}()
 	if err := Unmount(ctx, run, mnt); err != nil {
-		t.Error(err)
+		t.Errorf("unmount of what was in use for an instant: %v", err)
 	}
 	if left, _ := os.ReadDir(run); len(left) > 0 {
 		t.Errorf("left in the runtime folder: %v", fmt.Sprint(left))

@@ -146,6 +146,7 @@ func (m *Mount) swap() error {
 	if err := exchange(f, all[at], all); err != nil {
 		return hint.Wrap(err, "FUSE goes on serving; the swap needs Linux 6.5 and a mount point that is not the root of a mount namespace")
 	}
+	f.Close() // or who hears of the swap, and unmounts at once, meets a busy mount
 	m.swapped(verity)
 	m.update(func(s *Status) { s.Elsewhere = keep })
 	return nil
