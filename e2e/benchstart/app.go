@@ -35,10 +35,12 @@ func (b *bench) startApp(root string) (*app, error) {
 	addr := l.Addr().(*net.TCPAddr)
 	l.Close()
 	a := &app{addr: addr.String(), done: make(chan error, 1)}
-	a.cmd = exec.Command("/usr/bin/python3", images.WebServer, strconv.Itoa(addr.Port))
-	a.cmd.Dir = "/"
+	// chroot(1) and not this process executes the application: until a vfork's
+	// child has done so its parent's thread stands still, and with it Go's
+	// garbage collection and the registry, which that may have to wait for.
+	a.cmd = exec.Command("chroot", root, "/usr/bin/python3", images.WebServer, strconv.Itoa(addr.Port))
 	a.cmd.Env = []string{"PATH=/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE=1", "OPENBLAS_NUM_THREADS=1"}
-	a.cmd.SysProcAttr = &syscall.SysProcAttr{Chroot: root, Pdeathsig: syscall.SIGKILL}
+	a.cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
 	a.cmd.Stderr = &a.errs
 	if a.hold, err = a.cmd.StdinPipe(); err != nil {
 		return nil, err

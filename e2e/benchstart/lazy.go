@@ -37,7 +37,8 @@ func (b *bench) mount(ctx context.Context, profile string) (*lazyMount, error) {
 			return nil, err
 		}
 	}
-	args := []string{"mount", "--plain-http", "--root", m.root(), m.source(), m.mnt}
+	args := append([]string{"mount", "--plain-http", "--root", m.root()}, b.options...)
+	args = append(args, m.source(), m.mnt)
 	if b.log != "" {
 		args = append([]string{"--log-level", "debug"}, args...)
 	}

@@ -69,7 +69,9 @@ func main() {
 	flag.StringVar(&b.form, "form", images.EStargz, "what the lazy image is: estargz or zstdchunked")
 	flag.BoolVar(&b.all, "all", false, "first ask for the page that needs all of the data (/all), not for the one that needs a part (/)")
 	flag.StringVar(&b.log, "log", "", "`file` to append the logs of the measured mounts to, at level debug")
+	options := flag.String("options", "", "more `options` of the measured mounts, separated by blanks, e.g. '--backend fuse'")
 	flag.Parse()
+	b.options = strings.Fields(*options)
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM, syscall.SIGHUP)
 	defer stop()
 	err := b.setUp(ctx, *bin, *tmp, *links, *parts)
@@ -84,15 +86,16 @@ func main() {
 }
 
 type bench struct {
-	bin   string
-	dir   string // of what is kept between runs
-	work  string // where each run has a filesystem of its own
-	runs  int
-	form  string
-	all   bool
-	log   string
-	links []speed
-	parts map[string]bool
+	bin     string
+	dir     string // of what is kept between runs
+	work    string // where each run has a filesystem of its own
+	runs    int
+	form    string
+	all     bool
+	log     string
+	options []string
+	links   []speed
+	parts   map[string]bool
 
 	reg         *registrytest.Registry
 	files       []*os.File // the blobs it serves
