@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -153,6 +154,8 @@ func (b *bench) start(ctx context.Context, profile string) (s sample, err error)
 		err                error
 	}
 	complete := make(chan waited, 1)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	go func() {
 		var w waited
 		if w.local, w.err = m.await(ctx, "complete"); w.err == nil {
@@ -172,6 +175,9 @@ func (b *bench) start(ctx context.Context, profile string) (s sample, err error)
 	s.answer, s.bytes = time.Since(m.start), b.reg.Counts().Bytes-m.before
 	if err != nil {
 		return s, err
+	}
+	if slices.Contains(b.options, "--fill=false") {
+		return s, nil // it will never be whole
 	}
 	w := <-complete
 	s.local, s.sealed, s.cpu = w.local, w.sealed, w.cpu
