@@ -62,6 +62,7 @@ func (f *Fetcher) request(content int, off, n int64, chunks []int, since time.Ti
 	}
 	if len(jobs) > 0 {
 		f.extend(jobs[len(jobs)-1], content)
+		f.missed(own[len(own)-1])
 	}
 	jobs = append(jobs, f.sequential(content, off+n, window)...)
 	for _, j := range jobs {
@@ -83,7 +84,7 @@ func (f *Fetcher) coming(sp span) *job {
 		}
 		// The rest of a fill's range in front of the span comes at this
 		// stream's part of the link; a request takes a round trip.
-		if (j.started || j.urgent) && sp.off-j.pos.Load() <= f.link.ahead() {
+		if (j.started || j.urgent || j.near) && sp.off-j.pos.Load() <= f.link.ahead() {
 			near = j
 		}
 	}

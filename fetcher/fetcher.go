@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"log/slog"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -110,6 +111,7 @@ type Fetcher struct {
 	calmer   *time.Timer
 	waiting  map[*waiter]struct{}
 	readers  map[int]*reader // by content
+	near     neighbourhood
 }
 
 type layerBounds struct{ first, end int }
@@ -365,7 +367,7 @@ func (f *Fetcher) anyMissing(chunks []int, sp span) bool {
 func (f *Fetcher) calmDown() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if f.demanded == 0 {
+	if f.demanded == 0 && !slices.ContainsFunc(f.jobs, func(j *job) bool { return j.near }) {
 		f.pressing.Store(false)
 		f.resume.Broadcast()
 	}

@@ -109,9 +109,20 @@ func (f *Fetcher) pass(ctx context.Context) error {
 		f.resume.Broadcast()
 	})
 	defer stop()
+	f.mu.Lock()
+	f.near = neighbourhood{open: true}
+	f.mu.Unlock()
+	defer func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.near = neighbourhood{}
+	}()
 	var streams sync.WaitGroup
 	for range f.opts.Streams {
 		streams.Go(p.stream)
+	}
+	for range nearStreams {
+		streams.Go(p.nearStream)
 	}
 	streams.Go(p.zeros)
 	streams.Wait()

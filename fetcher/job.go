@@ -21,6 +21,7 @@ type job struct {
 	cancel  context.CancelCauseFunc
 	pos     atomic.Int64 // how far into the blob the body has been decoded
 	urgent  bool         // a prefetch that does not pause
+	near    bool         // of the neighbourhood
 	dropped error        // set before f.end: what the spans' chunks were refused for
 	clock   clock
 
@@ -76,6 +77,9 @@ func (f *Fetcher) passed(j *job, sp span, err error) {
 func (f *Fetcher) end(j *job, err error) {
 	j.cancel(nil)
 	f.jobs = slices.DeleteFunc(f.jobs, func(o *job) bool { return o == j })
+	if j.near && f.demanded == 0 && !f.closed {
+		f.calmer.Reset(calm)
+	}
 	if err == nil || f.ctx.Err() == nil && (errors.Is(err, context.Canceled) || errors.Is(err, errSkipped)) {
 		err = errSkipped
 	}
@@ -397,15 +401,34 @@ func (f *Fetcher) pause(j *job) error {
 }
 
 // yields reports whether j, or a fill job yet to be made (nil), has to pause:
-// demand is waiting, though not for j, and j is not the oldest. f.mu is held.
+// what goes before it is being received, or demand is waiting, though not for
+// j, and j is neither near it nor the oldest. f.mu is held.
 func (f *Fetcher) yields(j *job) bool {
 	if !f.pressing.Load() || f.opts.Share.starved.Load() > 0 || j != nil && (j.urgent || len(j.waits) > 0) {
 		return false
 	}
+	if f.receives(j) {
+		return true
+	}
+	if j != nil && j.near {
+		return false
+	}
 	for _, o := range f.jobs {
-		if o.tally != f.demand && !o.urgent {
+		if o.tally != f.demand && !o.urgent && !o.near {
 			return o != j
 		}
 	}
 	return false
+}
+
+// receives reports whether a body with so much left comes in that goes before
+// j's that sharing the link with j would make it late: what somebody waits for,
+// or, before fill, what is near that. A few kilobytes are there before j has
+// paused, and their round trip is j's to use. f.mu is held.
+func (f *Fetcher) receives(j *job) bool {
+	much := f.link.ahead() / 8
+	return slices.ContainsFunc(f.jobs, func(o *job) bool {
+		first := o.tally == f.demand || len(o.waits) > 0 || (o.urgent || o.near) && (j == nil || !j.near)
+		return first && o != j && o.started && o.limit-o.pos.Load() > much
+	})
 }

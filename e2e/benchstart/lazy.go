@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -101,6 +102,21 @@ func appendFile(to, from string) error {
 	return errors.Join(err, out.Close())
 }
 
+// work says what has been asked of the registry so far.
+func (m *lazyMount) work(ctx context.Context) string {
+	var st mount.Status
+	out, err := m.cfs(ctx, "status", "--json", m.mnt)
+	if err != nil || json.Unmarshal(out, &st) != nil {
+		return ""
+	}
+	var all []string
+	for _, class := range slices.Sorted(maps.Keys(st.Fetched)) {
+		w := st.Fetched[class]
+		all = append(all, fmt.Sprintf("%s %.1f MB in %d", class, float64(w.Bytes)/1e6, w.Requests))
+	}
+	return " (" + strings.Join(all, ", ") + ")"
+}
+
 // cpu is the processor time that the serving process has used.
 func (m *lazyMount) cpu(ctx context.Context) (time.Duration, error) {
 	out, err := m.cfs(ctx, "status", "--json", m.mnt)
@@ -172,7 +188,7 @@ func (b *bench) start(ctx context.Context, profile string) (s sample, err error)
 		defer app.stop()
 		s.modules, err = app.answer(ctx, b.page())
 	}
-	s.answer, s.bytes = time.Since(m.start), b.reg.Counts().Bytes-m.before
+	s.answer, s.bytes, s.work = time.Since(m.start), b.reg.Counts().Bytes-m.before, m.work(ctx)
 	if err != nil {
 		return s, err
 	}

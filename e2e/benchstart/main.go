@@ -214,6 +214,7 @@ type sample struct {
 	bytes   int64         // received until the answer
 	cpu     time.Duration // until every byte was local: of the pull or of cfs-fuse, and of the registry
 	modules int
+	work    string // what had been asked for until the answer, by class
 }
 
 func (b *bench) run(ctx context.Context) error {
@@ -259,8 +260,8 @@ func (b *bench) once(ctx context.Context, s speed, do func(context.Context) (sam
 }
 
 func (s sample) String() string {
-	return fmt.Sprintf("answer %.2f s, local %.2f s, sealed %.2f s, tar %.2f s, mounted %.2f s, %.1f MB before the answer, cpu %.2f s",
-		s.answer.Seconds(), s.local.Seconds(), s.sealed.Seconds(), s.tar.Seconds(), s.mounted.Seconds(), float64(s.bytes)/1e6, s.cpu.Seconds())
+	return fmt.Sprintf("answer %.2f s, local %.2f s, sealed %.2f s, tar %.2f s, mounted %.2f s, %.1f MB before the answer%s, cpu %.2f s",
+		s.answer.Seconds(), s.local.Seconds(), s.sealed.Seconds(), s.tar.Seconds(), s.mounted.Seconds(), float64(s.bytes)/1e6, s.work, s.cpu.Seconds())
 }
 
 // limit is what the link alone takes for n bytes.
