@@ -186,26 +186,39 @@ func (l *layout) Resolve(ctx context.Context) (*Manifest, error) {
 }
 
 func (l *layout) resolve() (*Manifest, error) {
-	raw, err := l.read("index.json")
+	raw, x, err := l.named()
 	if err != nil {
 		return nil, err
 	}
-	var x ocispec.Index
-	if err := json.Unmarshal(raw, &x); err != nil {
-		return nil, fmt.Errorf("index.json: %w", err)
+	if x != nil {
+		if len(x.Manifests) == 1 {
+			x.Manifests[0].Platform = nil // whatever it says, it is the one that was asked for
+		}
+		if raw, err = json.Marshal(x); err != nil {
+			return nil, err
+		}
 	}
-	get := func(d ocispec.Descriptor) ([]byte, error) { return l.read(blobPath(d.Digest)) }
+	return resolve(raw, l.platform, func(d ocispec.Descriptor) ([]byte, error) { return l.read(blobPath(d.Digest)) })
+}
+
+// named finds what the name stands for: by digest the document itself, else
+// index.json with nothing but what has the tag.
+func (l *layout) named() (raw []byte, x *ocispec.Index, err error) {
+	if raw, err = l.read("index.json"); err != nil {
+		return nil, nil, err
+	}
+	x = &ocispec.Index{}
+	if err := json.Unmarshal(raw, x); err != nil {
+		return nil, nil, fmt.Errorf("index.json: %w", err)
+	}
 	if d, ok := strings.CutPrefix(l.ref, "@"); ok {
 		// The digest may be of a manifest that index.json reaches only
 		// through an index, so the blob itself is asked for.
-		raw, err := get(ocispec.Descriptor{Digest: digest.Digest(d)})
-		if err != nil {
-			return nil, err
+		raw, err := l.read(blobPath(digest.Digest(d)))
+		if err == nil {
+			err = checkDigest(digest.Digest(d), raw)
 		}
-		if err := checkDigest(digest.Digest(d), raw); err != nil {
-			return nil, err
-		}
-		return resolve(raw, l.platform, get)
+		return raw, nil, err
 	}
 	var tags []string
 	var found []ocispec.Descriptor
@@ -221,22 +234,16 @@ func (l *layout) resolve() (*Manifest, error) {
 			found = append(found, d)
 		}
 	}
+	slices.Sort(tags)
+	tags = slices.Compact(tags)
 	if len(found) == 0 {
-		slices.Sort(tags)
-		return nil, hint.Wrap(fmt.Errorf("no image with the tag %q", l.ref), "it has: "+strings.Join(tags, ", "))
+		return nil, nil, hint.Wrap(fmt.Errorf("no image with the tag %q", l.ref), "it has: "+strings.Join(tags, ", "))
 	}
-	if l.ref == "" && len(found) > 1 && len(slices.Compact(slices.Sorted(slices.Values(tags)))) > 1 {
-		slices.Sort(tags)
-		return nil, hint.Wrap(fmt.Errorf("%d images, no tag given", len(found)), "add one of: :"+strings.Join(slices.Compact(tags), ", :"))
-	}
-	if len(found) == 1 {
-		found[0].Platform = nil // whatever it says, it is the one that was asked for
+	if l.ref == "" && len(found) > 1 && len(tags) > 1 {
+		return nil, nil, hint.Wrap(fmt.Errorf("%d images, no tag given", len(found)), "add one of: :"+strings.Join(tags, ", :"))
 	}
 	x.Manifests = found
-	if raw, err = json.Marshal(x); err != nil {
-		return nil, err
-	}
-	return resolve(raw, l.platform, get)
+	return nil, x, nil
 }
 
 func (l *layout) Blob(d ocispec.Descriptor) Blob {

@@ -52,6 +52,9 @@ type Manifest struct {
 	LocalLayer bool
 }
 
+// MediaType returns what the manifest says it is: OCI's, if nothing.
+func (m *Manifest) MediaType() string { return newDocument(m.Raw).MediaType }
+
 // ParseManifest reads an image manifest: OCI's, or docker's schema 2, which
 // has the same form. A nil error promises that every digest in it is a
 // SHA-256, and that no size is negative.

@@ -101,6 +101,12 @@ type Options struct {
 	// Refresh asks a registry what a tag stands for, even if the store knows
 	// an answer. Local sources are always asked.
 	Refresh bool
+	// Profile is asked, for an image that is served lazily, for the access
+	// profile to start with: by its manifest, and told whether the store has
+	// one that was recorded with it. Nil, or no profile: the store's, of this image or
+	// else of another of its repository. It runs beside other preparations, and after
+	// profilePatience it is not waited for any longer.
+	Profile func(ctx context.Context, manifest image.Digest, own bool) (*image.Profile, error)
 	// Budget bounds the store; what is not in use is evicted to keep to it.
 	Budget cache.Budget
 	// Objects are the folders of objects of a composefs: source.
@@ -135,7 +141,8 @@ type Mount struct {
 	record      *recorder      // nil for composefs: sources
 	story       *story         // nil for what is only looked at
 	sealing     atomic.Int64   // files that seal has come to
-	inherited   []image.Access // the profile of a related image
+	inherited   []image.Access // the profile of a related image, or one that was given
+	asked       *profileQuery  // nil: Options.Profile has not been asked
 	src         fetcher.Source
 	reader      *erofs.Reader
 	server      *fusefs.Server

@@ -108,6 +108,7 @@ func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 				return nil, err
 			}
 		}
+		m.askProfile(manifest.Digest, false)
 		if fetched, err = m.write(ctx, manifest); err != nil {
 			return nil, err
 		}
@@ -349,8 +350,7 @@ func layerError(i int, desc ocispec.Descriptor, err error) error {
 	err = fmt.Errorf("layer %d (%s, %s): %w", i, desc.Digest, desc.MediaType, err)
 	switch {
 	case errors.Is(err, toc.ErrNoTOC):
-		return hint.Wrap(err, "it cannot be read lazily; 'cfs-fuse convert', which comes later, will make such images lazy, "+
-			"until then build it as eStargz or zstd:chunked")
+		return hint.Wrap(err, "it cannot be read lazily; 'cfs-fuse convert' makes such images lazy")
 	case errors.Is(err, toc.ErrNoTOCDigest):
 		return hint.Wrap(err, insecureHint)
 	}

@@ -131,6 +131,12 @@ func (m *Mount) startProfile() []fetcher.Part {
 	if len(known) == 0 {
 		known, m.inherited = related, related
 	}
+	if given := m.givenProfile(len(own) > 0); given != nil {
+		known = given.Accesses
+		if len(own) == 0 {
+			m.inherited = known
+		}
+	}
 	var parts []fetcher.Part
 	for _, a := range known {
 		if i, ok := m.image.index.Find(a.Content); ok {
@@ -140,6 +146,85 @@ func (m *Mount) startProfile() []fetcher.Part {
 	m.story.prefetch(len(parts))
 	m.log.Debug("access profile", "accesses", len(known), "in_this_image", len(parts), "of_this_image", len(own) > 0)
 	return parts
+}
+
+// profilePatience is how long a start waits for Options.Profile, from when it was
+// asked: as long as a registry that is near takes, and no longer than what a profile gains.
+const profilePatience = 2 * time.Second
+
+// A profileQuery is a question to Options.Profile that is under way.
+type profileQuery struct {
+	done    chan struct{} // closed when there is an answer
+	profile *image.Profile
+}
+
+// askProfile begins to ask for a profile, unless that has been done.
+func (m *Mount) askProfile(manifest image.Digest, own bool) {
+	if m.opts.Profile == nil || m.asked != nil {
+		return
+	}
+	q := &profileQuery{done: make(chan struct{})}
+	m.asked = q
+	ctx, cancel := context.WithTimeout(context.Background(), profilePatience)
+	m.run.Go(func() {
+		defer cancel()
+		defer close(q.done)
+		var err error
+		if q.profile, err = m.opts.Profile(ctx, manifest, own); err != nil {
+			m.log.Warn("no access profile was got; the image starts without", "error", err)
+		}
+	})
+}
+
+// givenProfile returns what Options.Profile has for the image, or nil.
+func (m *Mount) givenProfile(own bool) *image.Profile {
+	if m.resumed {
+		return nil // the start is over
+	}
+	m.askProfile(m.image.digest, own)
+	if m.asked == nil {
+		return nil
+	}
+	select {
+	case <-m.asked.done:
+		return m.asked.profile
+	case <-time.After(profilePatience):
+		return nil
+	}
+}
+
+// StoredProfile returns the access profile that the store in root has for an
+// image, its own or else one of its repository (Repository); nil if none.
+func StoredProfile(root string, manifest image.Digest, repository string) (*image.Profile, error) {
+	digest := hex.EncodeToString(manifest[:])
+	for _, path := range []string{
+		filepath.Join(root, "images", digest, profileName),
+		filepath.Join(root, profilesDir, digest+".json"),
+		filepath.Join(root, profilesDir, repositoryKey(repository)+".json"),
+	} {
+		p, err := readProfile(path)
+		if err == nil {
+			return p, nil
+		}
+		if !errors.Is(err, os.ErrNotExist) {
+			return nil, fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	return nil, nil
+}
+
+// Repository returns the name of a source without tag and digest, in full.
+func Repository(source string) (string, error) {
+	source, err := absoluteSource(source)
+	if err != nil {
+		return "", err
+	}
+	src, err := fetcher.OpenSource(source, fetcher.Options{})
+	if err != nil {
+		return "", err
+	}
+	defer src.Close()
+	return repository(src.String()), nil
 }
 
 // findProfile returns the accesses that were recorded with this image, and

@@ -173,11 +173,15 @@ func tryEnforced(imagePath, objects string, digest hexDigest) (obtained string, 
 // sealedTree is the tree of lazy.erofs with each file's content digest
 // replaced by the fs-verity digest that verityOf gives for it.
 func sealedTree(ctx context.Context, p *preparedImage, verityOf func(image.Digest) (image.Digest, error)) (*erofs.Node, error) {
-	return p.treeWith(ctx, func(n *erofs.Node) error {
+	return p.treeWith(ctx, withVerity(verityOf))
+}
+
+func withVerity(verityOf func(image.Digest) (image.Digest, error)) func(*erofs.Node) error {
+	return func(n *erofs.Node) error {
 		v, err := verityOf(image.Digest(n.Digest))
 		n.Target, n.Digest = v.Path(), v[:]
 		return err
-	})
+	}
 }
 
 // treeWith is the tree of lazy.erofs after fill was called for each file that
@@ -192,25 +196,26 @@ func (p *preparedImage) treeWith(ctx context.Context, fill func(n *erofs.Node) e
 	if err != nil {
 		return nil, fmt.Errorf("read %s: %w", lazyName, err)
 	}
-	var convert func(n *erofs.Node) error
-	convert = func(n *erofs.Node) error {
-		if n.Link == nil && len(n.Digest) > 0 {
-			content := n.Digest
-			if err := fill(n); err != nil {
-				return fmt.Errorf("fs-verity digest of content %x: %w", content, err)
-			}
+	return root, fillTree(ctx, root, fill)
+}
+
+// fillTree calls fill for each file below n that has a content digest.
+func fillTree(ctx context.Context, n *erofs.Node, fill func(n *erofs.Node) error) error {
+	if n.Link == nil && len(n.Digest) > 0 {
+		content := n.Digest
+		if err := fill(n); err != nil {
+			return fmt.Errorf("fs-verity digest of content %x: %w", content, err)
 		}
-		for _, c := range n.Children {
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if err := convert(c); err != nil {
-				return err
-			}
-		}
-		return nil
 	}
-	return root, convert(root)
+	for _, c := range n.Children {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := fillTree(ctx, c, fill); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // enableObjects sees to it that each object of the image has fs-verity.

@@ -164,6 +164,7 @@ func Resume(source, mountpoint string, o Options, state []byte, files map[string
 }
 
 func (m *Mount) resumeImage(conn *fusesession.Session, st sessionState, wait func() error) (err error) {
+	m.resumed = true
 	digest, err := toc.ParseDigest(st.ManifestDigest)
 	if err != nil {
 		return err

@@ -8,12 +8,14 @@ import (
 	"strings"
 	"time"
 
+	"github.com/opencontainers/go-digest"
 	"github.com/prometheus/client_golang/prometheus"
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
+	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/metrics"
@@ -57,6 +59,7 @@ type mountFlags struct {
 	namespaces       string
 	options          []string
 	digest, pull     string
+	profile          string
 	fill, foreground bool
 	quiet            bool
 	metricsAddr      string
@@ -97,6 +100,7 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 	fl.StringVar(&f.opts.View.Context, "context", "", "SELinux `context` of all files")
 	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
 	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
+	fl.StringVar(&f.profile, "profile", "store", "fetch first what the access profile says: the store's own; auto, if that has none of the image, the one attached to it; or `FILE`")
 	fl.BoolVar(&f.fill, "fill", true, "fetch in the background what nobody has read yet")
 	fl.Var(&f.memory, "fetch-memory", "`size` of what may be in memory of what is being fetched, e.g. 64MiB")
 	fl.Var(&f.rate, "limit-rate", "fetch no more than `size` a second, e.g. 10MB, what programs wait for first (default no limit)")
@@ -184,6 +188,11 @@ func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint stri
 	if err != nil {
 		return err
 	}
+	if !before.resumes() { // the start of one that is continued is over
+		if f.opts.Profile, err = f.startProfile(source); err != nil {
+			return err
+		}
+	}
 	ready := readyPipe()
 	if !f.foreground && ready == nil && !before.resumes() {
 		if err := checkSource(source, f.opts.Source); err != nil {
@@ -211,6 +220,26 @@ func (f *mountFlags) capabilities() (all []int) {
 		all = append(all, forWriting...)
 	}
 	return all
+}
+
+// startProfile makes of --profile what mount asks.
+func (f *mountFlags) startProfile(source string) (func(context.Context, image.Digest, bool) (*image.Profile, error), error) {
+	switch f.profile {
+	case "store":
+		return nil, nil
+	case "auto":
+		return func(ctx context.Context, manifest image.Digest, own bool) (*image.Profile, error) {
+			if own {
+				return nil, nil
+			}
+			return pullProfile(ctx, source, digest.Digest(manifest.String()), f.opts.Source)
+		}, nil
+	}
+	p, err := readProfileFile(f.profile, nil)
+	if err != nil {
+		return nil, err
+	}
+	return func(context.Context, image.Digest, bool) (*image.Profile, error) { return p, nil }, nil
 }
 
 // checkSource refuses a source that cannot be one before a process is started

@@ -15,7 +15,7 @@ import (
 func newProfile(g *global) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "profile",
-		Short: "Export and import access profiles",
+		Short: "Access profiles: what a start reads first",
 		Long: `An access profile is what programs read first of an image, in order. Each mount
 that is served by cfs-fuse records one, and the next start of the same image, or of
 another one of its repository, on a machine that does not have its bytes, fetches
@@ -23,7 +23,14 @@ them in that order before all else.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error { return cmd.Help() },
 	}
-	cmd.AddCommand(newProfileExport(g), newProfileImport())
+	cmd.AddCommand(
+		newProfileShow(g),
+		newProfileExport(g),
+		newProfileImport(),
+		newProfileMerge(),
+		newProfilePush(g),
+		newProfilePull(g),
+	)
 	return cmd
 }
 

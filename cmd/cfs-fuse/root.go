@@ -83,6 +83,7 @@ func newRoot(g *global) *cobra.Command {
 		newUpgrade(g),
 		newHolder(g),
 		newVerify(g),
+		newConvert(g),
 		newProfile(g),
 		newCache(g),
 		newErofs(),
