@@ -273,8 +273,19 @@ func TestUpper(t *testing.T) {
 	end(t, m, mnt)
 
 	m, mnt = start(t, source, o)
-	if s := m.Status(); s.State != Swapped || s.Backend != "kernel" {
+	s := m.Status()
+	if s.State != Swapped || s.Backend != "kernel" {
 		t.Errorf("mounted again: %+v", s)
+	}
+	if rec, ok := m.sealedRecord(); !ok || rec.Verity == verityEnforced && !strings.Contains(s.Verity, "attributes were changed while none was enforced") {
+		t.Errorf("%+v, %v: verity: %s", rec, ok, s.Verity)
+	} else if rec.Verity == verityEnforced {
+		require := o
+		require.Verity, require.Swap = Require, Require
+		require.View.Upper, require.View.Work = o.View.Upper, o.View.Work
+		end(t, m, mnt)
+		refusedView(t, source, require, "attributes were changed")
+		m, mnt = start(t, source, o)
 	}
 	check()
 	change("big", func(p string) error { return os.WriteFile(p, imagetest.RandomBytes(300_000, 1), 0o644) })

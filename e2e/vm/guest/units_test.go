@@ -14,7 +14,7 @@ func TestUnits(t *testing.T) {
 		{"verity.test", "^(TestVectors|TestKernel)"},
 		{"kmount.test", "."},
 		{"cache.test", "^(TestReopen|TestTwoImages|TestTwoProcesses)$"},
-		{"mount.test", "^(TestKernelMount|TestComposefs|TestFirstObject|TestLoopDevice|TestFillSealSwap|TestPinnedDigest|TestVerityRequire|TestSealTogether)"},
+		{"mount.test", "^(TestKernelMount|TestComposefs|TestFirstObject|TestLoopDevice|TestFillSealSwap|TestPinnedDigest|TestVerityRequire|TestSealTogether|TestTryHybrid|TestIDMap|TestUpper|TestContext|TestSwapTakesAlong)"},
 	} {
 		t.Run(c.binary, func(t *testing.T) {
 			dir, err := os.MkdirTemp(disk, "unit")
