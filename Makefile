@@ -16,6 +16,7 @@ APT       := btrfs-progs \
 	erofs-utils \
 	fsverity \
 	fuse3 \
+	libarchive-tools \
 	man-db \
 	mandoc \
 	nginx-light \

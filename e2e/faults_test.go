@@ -281,31 +281,6 @@ func TestReadOnly(t *testing.T) {
 	}
 }
 
-// A layer without a table of contents is refused before anything is mounted,
-// with its digest, its media type and what to do.
-func TestPlainLayers(t *testing.T) {
-	b := newBench(t)
-	m, _, err := set.Manifest(images.Plain, images.Odd)
-	if err != nil {
-		t.Fatal(err)
-	}
-	point := b.point()
-	words := []string{m.Layers[0].MediaType, "cfs-fuse convert"}
-	for _, source := range []string{
-		"docker://" + registry.Addr + "/" + images.Odd + ":" + images.Plain,
-		"oci:" + set.Layout(images.Plain) + ":" + images.Odd,
-	} {
-		said := b.refused(1, words, "mount", "--plain-http", "--root", b.root, source, point)
-		if !slices.ContainsFunc(m.Layers, func(l ocispec.Descriptor) bool { return strings.Contains(said, l.Digest.String()) }) {
-			t.Errorf("no layer is named: %s", said)
-		}
-	}
-	if all := mountOn(t, point); len(all) > 0 {
-		t.Errorf("mounted: %+v", all)
-	}
-	noProcess(t, point)
-}
-
 // --verity require swaps only to a mount that enforces fs-verity; where the
 // kernel or the filesystem has none, the first backend stays and says why.
 func TestVerityRequired(t *testing.T) {

@@ -10,6 +10,7 @@ import (
 
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
+	"github.com/cfs-fuse/cfs-fuse/internal/inflate"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 )
@@ -55,6 +56,16 @@ type scratch struct {
 	span *bufio.Reader // in front of gzip, which is fast on no other reader of a stream
 	buf  []byte
 	wide bool // allow zstd every window, whatever the first frame says
+
+	checkpoint func(layer int, off int64) (*inflate.Checkpoint, int64, error)
+	resumed    *inflate.Reader
+}
+
+// scratch returns one for f, which keep ends.
+func (f *Fetcher) scratch() *scratch {
+	s := scratches.Get().(*scratch)
+	s.checkpoint = f.opts.Checkpoint
+	return s
 }
 
 var scratches = sync.Pool{New: func() any { return &scratch{body: bufio.NewReaderSize(nil, bodyBuffer)} }}
@@ -72,7 +83,7 @@ func (s *scratch) keep() {
 	if s.span != nil {
 		s.span.Reset(nil)
 	}
-	s.wide = false
+	s.wide, s.checkpoint = false, nil
 	scratches.Put(s)
 }
 
@@ -106,8 +117,9 @@ func decoder(class int) (*zstd.Decoder, error) {
 		zstd.WithDecoderMaxWindow(uint64(windows[class])), zstd.WithDecoderMaxMemory(uint64(windows[class])))
 }
 
-// decompress returns a reader of what r decompresses to. done ends its use.
-func (s *scratch) decompress(c toc.Compression, class int, r io.Reader) (_ io.Reader, done func(), err error) {
+// decompress returns a reader of what r, the span at off of a layer's blob,
+// decompresses to. done ends its use.
+func (s *scratch) decompress(c toc.Compression, layer int, off int64, class int, r io.Reader) (_ io.Reader, done func(), err error) {
 	done = func() {}
 	switch c {
 	case toc.None:
@@ -143,6 +155,16 @@ func (s *scratch) decompress(c toc.Compression, class int, r io.Reader) (_ io.Re
 			return nil, done, noEOF(err)
 		}
 		return z, done, nil
+	}
+	if c == toc.GzipIndexed && s.checkpoint != nil {
+		point, size, err := s.checkpoint(layer, off)
+		if err != nil {
+			return nil, done, err
+		}
+		if s.resumed == nil {
+			s.resumed = inflate.NewReader(nil, inflate.Options{})
+		}
+		return s.resumed, done, s.resumed.ResetAt(r, point, size)
 	}
 	return nil, done, errors.New(c.String())
 }
@@ -235,7 +257,7 @@ func store(ctx context.Context, x *image.Index, sp span, r *spanReader, s *scrat
 	}
 	defer mem.release(weight)
 	defer s.shrink()
-	z, done, err := s.decompress(c, class, r)
+	z, done, err := s.decompress(c, x.Chunk(sp.first).Layer, sp.off, class, r)
 	defer done()
 	pos := int64(0)
 	for first, end := sp.first, 0; first < sp.end; first = end {

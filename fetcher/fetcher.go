@@ -10,6 +10,7 @@ import (
 	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/image"
+	"github.com/cfs-fuse/cfs-fuse/internal/inflate"
 	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
@@ -42,6 +43,11 @@ type FetchOptions struct {
 	// Waited hears of each Need that had to wait, when it returns. Nil: nobody
 	// does. It is called from several goroutines and must not take long.
 	Waited func(Waited)
+
+	// Checkpoint gives the checkpoint with which the span at an offset of a
+	// layer's blob begins, and the bytes it decompresses to, for layers of
+	// compression toc.GzipIndexed.
+	Checkpoint func(layer int, off int64) (*inflate.Checkpoint, int64, error)
 
 	// Metrics counts requests, bytes and failed chunks. Nil: not counted.
 	Metrics *metrics.Metrics

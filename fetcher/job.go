@@ -203,7 +203,7 @@ func (f *Fetcher) again(j *job, came io.ReadCloser, sp span, wrong map[int]error
 		return wrong, err
 	}
 	defer body.Close()
-	s := scratches.Get().(*scratch)
+	s := f.scratch()
 	defer s.keep()
 	s.body.Reset(body)
 	s.wide = true // a later frame of the span may have a larger window than the first

@@ -30,7 +30,7 @@
 //	   0 32  SHA-256 digest of the layer blob
 //	  32  8  size of the blob in bytes
 //	  40  8  PrefetchEnd: bytes [0, PrefetchEnd) hold the prioritized files
-//	  48  1  compression: 0 none, 1 gzip, 2 zstd
+//	  48  1  compression: 0 none, 1 gzip, 2 zstd, 3 gzip from checkpoints
 //	  49 15  zero
 //
 //	N contents of 48 bytes, in strictly ascending order of digest

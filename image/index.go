@@ -145,7 +145,7 @@ func (x *Index) openLayers(b []byte) error {
 			Digest: Digest(r[:32]), Size: int64(le.Uint64(r[32:])), PrefetchEnd: int64(le.Uint64(r[40:])),
 			Compression: toc.Compression(r[48]),
 		}
-		if l.Size < 0 || l.PrefetchEnd < 0 || l.PrefetchEnd > l.Size || l.Compression > toc.Zstd || !allZero(r[49:]) {
+		if l.Size < 0 || l.PrefetchEnd < 0 || l.PrefetchEnd > l.Size || l.Compression > toc.GzipIndexed || !allZero(r[49:]) {
 			return fmt.Errorf("layer %d is %+v", i, l)
 		}
 		x.layers[i] = l

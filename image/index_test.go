@@ -327,7 +327,7 @@ func TestIndexLies(t *testing.T) {
 		"content of too many refs": func(b []byte) { le.PutUint32(b[contents+44:], 1<<32-1) },
 		"content larger":           func(b []byte) { le.PutUint64(b[contents+32:], 2) },
 		"prefetch after the end":   func(b []byte) { le.PutUint64(b[headerSize+40:], 1<<41) },
-		"unknown compression":      func(b []byte) { b[headerSize+48] = 3 },
+		"unknown compression":      func(b []byte) { b[headerSize+48] = 4 },
 		"padding":                  func(b []byte) { b[headerSize+63] = 1 },
 		"another version":          func(b []byte) { b[8] = 2 },
 		"counts that overflow": func(b []byte) {

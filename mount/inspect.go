@@ -288,8 +288,8 @@ func (img *Image) Layers(ctx context.Context) ([]image.Layer, error) {
 	if manifest == nil {
 		return nil, hint.Wrap(fmt.Errorf("%s: a composefs image has no layers", img.m.source), "'cfs-fuse ls' shows its tree")
 	}
-	layers, _, _, err := img.m.readTOCs(ctx, manifest)
-	return layers, err
+	t, err := img.m.readTOCs(ctx, manifest)
+	return t.layers, err
 }
 
 // Fetched returns what was asked of the source so far.

@@ -356,7 +356,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 	}
 	m.spare = newSpareChunks(m.image.index, m.contents, m.opts.SpareMemory)
 	return fetcher.New(m.image.index, blobs, m.spare, fetcher.FetchOptions{
-		Share: m.opts.Share, First: first, Waited: m.story.waited(m.image.index), Metrics: m.opts.Metrics, Logger: m.log})
+		Share: m.opts.Share, First: first, Checkpoint: m.image.indexes.checkpoint, Waited: m.story.waited(m.image.index), Metrics: m.opts.Metrics, Logger: m.log})
 }
 
 func (m *Mount) fuseOptions() fusefs.Options {
@@ -515,7 +515,7 @@ func permanent(err error) bool {
 	_, digest := errors.AsType[*fetcher.DigestError](err)
 	_, decode := errors.AsType[*fetcher.DecodeError](err)
 	_, content := errors.AsType[*cache.DigestError](err)
-	return digest || decode || content || errors.Is(err, errWrongDigest)
+	return digest || decode || content || errors.Is(err, errWrongDigest) || errors.Is(err, errUnproven)
 }
 
 // awaitComplete returns when reads alone have made every content whole, or

@@ -325,7 +325,7 @@ func TestStartErrors(t *testing.T) {
 	if err := os.WriteFile(file, nil, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	gz := imagetest.Must(imagetest.Gzip(imagetest.Must(imagetest.Tar(imagetest.File("a", "b")))))
+	gz := imagetest.Must(imagetest.Gzip([]byte("no tar at all, and longer than nothing")))
 	plain := t.TempDir()
 	if err := imagetest.Must(imagetest.Image(gz)).WriteLayout(plain, "x"); err != nil {
 		t.Fatal(err)
@@ -334,7 +334,7 @@ func TestStartErrors(t *testing.T) {
 		{"no mount point", good, "/nonexistent/dir", "/nonexistent/dir", "mkdir -p"},
 		{"a file", good, file, "not a folder", "mkdir -p"},
 		{"no source", "oci:/nonexistent", "", "/nonexistent", ""},
-		{"ordinary layer", "oci:" + plain + ":x", "", "layer 0 (" + gz.Desc.Digest.String() + ", " + gz.Desc.MediaType, "cfs-fuse convert"},
+		{"ordinary layer", "oci:" + plain + ":x", "", "layer 0 (" + gz.Desc.Digest.String() + ", " + gz.Desc.MediaType, "layers are tars"},
 		{"composefs without objects", "composefs:" + file, "", "no folder of objects", "--objects"},
 	} {
 		t.Run(c.name, func(t *testing.T) {

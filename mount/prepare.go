@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -56,7 +57,10 @@ type preparedImage struct {
 	author  string // the sealed image's fs-verity digest by the manifest's annotation, "" if it has none
 	index   *image.Index
 	mapped  []byte // what index reads
-	fetched Work   // metadata
+	indexes *layerIndexes
+	fetched Work // metadata
+	// streamed is what was asked for of layers that were read as a whole.
+	streamed Work
 }
 
 func (p *preparedImage) path(name string) string { return filepath.Join(p.dir, name) }
@@ -65,6 +69,9 @@ func (p *preparedImage) close() {
 	if p.mapped != nil {
 		unix.Munmap(p.mapped)
 		p.mapped = nil
+	}
+	if p.indexes != nil {
+		p.indexes.close()
 	}
 }
 
@@ -101,7 +108,7 @@ func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 	if errors.Is(err, toc.ErrNoTOCDigest) {
 		return nil, err
 	}
-	var fetched Work
+	t := &tables{}
 	if err != nil {
 		if !errors.Is(err, os.ErrNotExist) {
 			if err := m.discard(manifest.Digest); err != nil {
@@ -109,14 +116,14 @@ func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 			}
 		}
 		m.askProfile(manifest.Digest, false)
-		if fetched, err = m.write(ctx, manifest); err != nil {
+		if t, err = m.write(ctx, manifest); err != nil {
 			return nil, err
 		}
 		if p, err = m.load(manifest.Digest); err != nil {
 			return nil, err
 		}
 	}
-	p.fetched = fetched
+	p.fetched, p.streamed = t.fetched, t.streamed
 	p.fetched.Requests++ // the manifest
 	p.fetched.Bytes += int64(len(manifest.Raw))
 	if !known || digest != manifest.Digest {
@@ -203,6 +210,7 @@ func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
 		p.close()
 		return nil, fmt.Errorf("%s: %d layers, the manifest has %d", p.path(chunksName), n, len(p.layers))
 	}
+	p.indexes = &layerIndexes{dir: p.dir, layers: p.index.Layers(), opened: make([]layerIndex, len(p.layers))}
 	// The image is read when it is served; here only that it can be.
 	r, err := erofs.OpenFile(p.path(lazyName))
 	if err != nil {
@@ -239,19 +247,19 @@ func mapFile(path string) ([]byte, error) {
 }
 
 // write makes the folder of an image: beside its name, synced, renamed.
-func (m *Mount) write(ctx context.Context, manifest *fetcher.Manifest) (Work, error) {
+func (m *Mount) write(ctx context.Context, manifest *fetcher.Manifest) (*tables, error) {
 	m.log.Debug("manifest read", "after", time.Since(m.started))
 	m.story.phase("tables of contents")
-	layers, insecure, fetched, err := m.readTOCs(ctx, manifest)
+	t, err := m.readTOCs(ctx, manifest)
 	if err != nil {
-		return fetched, err
+		return t, err
 	}
 	m.log.Debug("tables of contents read", "after", time.Since(m.started))
-	m.story.detail("%d layers, %d bytes in %d requests", len(layers), fetched.Bytes, fetched.Requests)
+	m.story.detail("%d layers, %d bytes in %d requests", len(t.layers), t.fetched.Bytes, t.fetched.Requests)
 	m.story.phase("merge")
-	tree, err := image.Merge(layers)
+	tree, err := image.Merge(t.layers)
 	if err != nil {
-		return fetched, hint.Wrap(fmt.Errorf("merge the layers of %s: %w", manifest.Digest, err),
+		return t, hint.Wrap(fmt.Errorf("merge the layers of %s: %w", manifest.Digest, err),
 			"the image is malformed; build it anew or report it to its author")
 	}
 	m.log.Debug("layers merged", "after", time.Since(m.started))
@@ -260,51 +268,58 @@ func (m *Mount) write(ctx context.Context, manifest *fetcher.Manifest) (Work, er
 	dir := m.imageDir(manifest.Digest)
 	tmp, err := os.MkdirTemp(m.store.Images(), ".tmp-*")
 	if err != nil {
-		return fetched, fmt.Errorf("make the folder of image %s: %w", manifest.Digest, err)
+		return t, fmt.Errorf("make the folder of image %s: %w", manifest.Digest, err)
 	}
 	defer os.RemoveAll(tmp)
 	if err := durable.WriteFile(filepath.Join(tmp, manifestName), manifest.Raw, 0o644); err != nil {
-		return fetched, err
+		return t, err
 	}
-	if insecure {
+	if t.insecure {
 		if err := durable.WriteFile(filepath.Join(tmp, insecureName), nil, 0o644); err != nil {
-			return fetched, err
+			return t, err
 		}
 	}
 	if err := erofs.WriteFile(filepath.Join(tmp, lazyName), lazyTree(tree), imageFormat); err != nil {
-		return fetched, err
+		return t, err
 	}
 	f, err := durable.Create(filepath.Join(tmp, chunksName), 0o644)
 	if err != nil {
-		return fetched, err
+		return t, err
 	}
 	defer f.Abort()
-	if err := image.WriteIndex(f, tree, layers); err != nil {
-		return fetched, fmt.Errorf("write %s: %w", chunksName, err)
+	if err := image.WriteIndex(f, tree, t.layers); err != nil {
+		return t, fmt.Errorf("write %s: %w", chunksName, err)
 	}
 	if err := f.Commit(); err != nil {
-		return fetched, err
+		return t, err
+	}
+	for _, l := range t.ordinary {
+		if err := durable.WriteFile(filepath.Join(tmp, indexName(l.index.Blob, l.kind)), l.index.Bytes(), 0o644); err != nil {
+			return t, err
+		}
 	}
 	m.log.Debug("image written", "after", time.Since(m.started))
 	err = os.Rename(tmp, dir)
 	if errors.Is(err, unix.ENOTEMPTY) || errors.Is(err, unix.EEXIST) {
-		return fetched, nil // another process was faster
+		return t, nil // another process was faster
 	}
 	if err != nil {
-		return fetched, fmt.Errorf("name the folder of image %s: %w", manifest.Digest, err)
+		return t, fmt.Errorf("name the folder of image %s: %w", manifest.Digest, err)
 	}
-	return fetched, durable.SyncDir(filepath.Dir(dir))
+	return t, durable.SyncDir(filepath.Dir(dir))
 }
 
-// readTOCs reads the table of contents of each layer. It reports insecure if
-// the manifest does not vouch for one of them.
-func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []image.Layer, insecure bool, _ Work, _ error) {
+// readTOCs reads the table of contents of each layer, and of ordinary layers
+// all of it.
+func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (*tables, error) {
 	if n := len(manifest.Layers); n > maxLayers {
-		return nil, false, Work{}, fmt.Errorf("image %s: %d layers, the limit is %d", manifest.Digest, n, maxLayers)
+		return &tables{}, fmt.Errorf("image %s: %d layers, the limit is %d", manifest.Digest, n, maxLayers)
 	}
 	layers := make([]image.Layer, len(manifest.Layers))
 	var requests, bytes, entries, done atomic.Int64
 	var unvouched atomic.Bool
+	var mu sync.Mutex
+	var ordinary []*ordinaryLayer // guarded by mu
 	g, gctx := errgroup.WithContext(ctx)
 	g.SetLimit(tocsAtOnce)
 	for i, desc := range manifest.Layers {
@@ -328,6 +343,12 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []i
 				o.InsecureTOC = true
 				t, err = toc.Read(r, desc.Size, o)
 			}
+			if errors.Is(err, toc.ErrNoTOC) {
+				mu.Lock()
+				defer mu.Unlock()
+				ordinary = append(ordinary, &ordinaryLayer{number: i, desc: desc})
+				return nil
+			}
 			if err != nil {
 				return layerError(i, desc, err)
 			}
@@ -339,8 +360,33 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (_ []i
 			return nil
 		})
 	}
+	t := &tables{layers: layers}
 	err := g.Wait()
-	return layers, unvouched.Load(), Work{Requests: requests.Load(), Bytes: bytes.Load()}, err
+	t.insecure, t.ordinary = unvouched.Load(), ordinary
+	t.fetched = Work{Requests: requests.Load(), Bytes: bytes.Load()}
+	if err == nil {
+		t.streamed, err = m.readOrdinary(ctx, manifest, ordinary)
+	}
+	for _, l := range ordinary {
+		if err != nil {
+			break
+		}
+		l.table, err = l.index.TOC()
+		if err == nil && entries.Add(int64(len(l.table.Entries))) > maxEntries {
+			err = fmt.Errorf("image %s: more than %d files and folders in its layers", manifest.Digest, maxEntries)
+		}
+		layers[l.number] = image.Layer{Digest: l.index.Blob, Size: l.desc.Size, TOC: l.table}
+	}
+	return t, err
+}
+
+// tables is what an image's layers hold.
+type tables struct {
+	layers   []image.Layer
+	ordinary []*ordinaryLayer
+	insecure bool // the manifest does not vouch for one of them
+	fetched  Work // metadata
+	streamed Work // whole layers
 }
 
 const insecureHint = "use --insecure-toc if you trust the source and the way to it"
@@ -348,10 +394,7 @@ const insecureHint = "use --insecure-toc if you trust the source and the way to 
 // layerError names the layer of an error, and what can be done about it.
 func layerError(i int, desc ocispec.Descriptor, err error) error {
 	err = fmt.Errorf("layer %d (%s, %s): %w", i, desc.Digest, desc.MediaType, err)
-	switch {
-	case errors.Is(err, toc.ErrNoTOC):
-		return hint.Wrap(err, "it cannot be read lazily; 'cfs-fuse convert' makes such images lazy")
-	case errors.Is(err, toc.ErrNoTOCDigest):
+	if errors.Is(err, toc.ErrNoTOCDigest) {
 		return hint.Wrap(err, insecureHint)
 	}
 	return err

@@ -72,6 +72,9 @@ func (m *Mount) seal(ctx context.Context) (sealedRecord, error) {
 	if rec, ok := m.sealedRecord(); ok {
 		return rec, m.checkDigest(rec)
 	}
+	if err := m.prove(ctx); err != nil {
+		return sealedRecord{}, err
+	}
 	rec := sealedRecord{Verity: verityEnabled}
 	m.sealing.Store(0)
 	root, err := sealedTree(ctx, m.image, func(d image.Digest) (v image.Digest, err error) {

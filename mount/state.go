@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 // A State is how far an image has come at a mount point.
@@ -119,6 +120,9 @@ func (m *Mount) Status() Status {
 	if m.fetch != nil {
 		for class, w := range m.fetch.Stats() {
 			s.Fetched[class] = Work{Requests: w.Requests, Bytes: w.Bytes}
+			if class == metrics.Fill {
+				s.Fetched[class] = Work{Requests: w.Requests + m.image.streamed.Requests, Bytes: w.Bytes + m.image.streamed.Bytes}
+			}
 		}
 		s.OldestWaitSeconds = m.fetch.OldestWait().Seconds()
 		s.StoreNote = m.spare.note()

@@ -33,8 +33,10 @@ SOURCE is one of
   layer:FILE                          one layer blob
   composefs:IMAGE                     a composefs image, with --objects DIR
 
-Layers must be eStargz or zstd:chunked. A tag that the store knows is not asked
-for again (--pull always does). An image that the store has sealed is mounted
+Layers that are eStargz or zstd:chunked are read as programs need them. Ordinary
+ones, tars with gzip, zstd or no compression, are read first, as a pull would,
+and then are all here. A tag that the store knows is not asked for again (--pull
+always does). An image that the store has sealed is mounted
 by the kernel at once, without its registry.
 
 Should that process die, another one goes on where it was, and programs see a

@@ -66,7 +66,7 @@ func main() {
 	links := flag.String("links", strings.Join(names, ","), "the links to measure at, comma-separated")
 	parts := flag.String("parts", "pull,lazy,profile,tar", "what to measure, comma-separated: pull (a), lazy (b), profile (c), tar (the whole image read)")
 	flag.IntVar(&b.runs, "runs", 5, "runs of each, of which the median counts")
-	flag.StringVar(&b.form, "form", images.EStargz, "what the lazy image is: estargz or zstdchunked")
+	flag.StringVar(&b.form, "form", images.EStargz, "what the lazy image is: estargz, zstdchunked, or gzip, which is the plain one that (a) pulls")
 	flag.BoolVar(&b.all, "all", false, "first ask for the page that needs all of the data (/all), not for the one that needs a part (/)")
 	flag.StringVar(&b.log, "log", "", "`file` to append the logs of the measured mounts to, at level debug")
 	options := flag.String("options", "", "more `options` of the measured mounts, separated by blanks, e.g. '--backend fuse'")
@@ -129,8 +129,12 @@ func (b *bench) setUp(ctx context.Context, bin, tmp, links, parts string) (err e
 		}
 		b.parts[name] = true
 	}
-	if b.form != images.EStargz && b.form != images.ZstdChunked {
-		return fmt.Errorf("-form: %q is neither estargz nor zstdchunked", b.form)
+	switch b.form {
+	case "gzip":
+		b.form = images.Plain
+	case images.EStargz, images.ZstdChunked:
+	default:
+		return fmt.Errorf("-form: %q is neither estargz nor zstdchunked nor gzip", b.form)
 	}
 	if b.bin, err = filepath.Abs(bin); err != nil {
 		return err

@@ -42,6 +42,7 @@ const (
 	eStargz    form = iota // times of whole seconds
 	containers             // zstd:chunked as Podman writes it: with nanoseconds
 	zstdStargz             // zstd:chunked as stargz-snapshotter writes it
+	ordinary               // gzip without a table of contents
 )
 
 func (f form) String() string {
@@ -166,6 +167,9 @@ func (c *testCase) writeImages(work string) error {
 func (f form) blob(w *writtenLayer) (*imagetest.Blob, error) {
 	if f == eStargz {
 		return imagetest.BuildEStargz(w.section(), imagetest.Options{Level: 1})
+	}
+	if f == ordinary {
+		return imagetest.BuildGzip(w.section())
 	}
 	data, err := io.ReadAll(w.section())
 	if err != nil {

@@ -158,6 +158,7 @@ var cases = []testCase{
 	// The other forms of layers.
 	{name: "a bit of all, by stargz-snapshotter's zstd:chunked", form: zstdStargz, noStack: acrossL, layers: bitOfAll()},
 	{name: "a bit of all, by Podman's zstd:chunked", form: containers, guest: true, noStack: acrossL, layers: bitOfAll()},
+	{name: "a bit of all, as ordinary gzip", form: ordinary, noStack: acrossL, layers: bitOfAll()},
 	{name: "a bit of all, as eStargz", guest: true, noStack: acrossL, layers: bitOfAll()},
 }
 

@@ -55,9 +55,12 @@ const (
 	None Compression = iota // stored
 	Gzip                    // RFC 1952, one or more members
 	Zstd                    // RFC 8878, one or more frames
+	// GzipIndexed is gzip cut anywhere: a span begins at a checkpoint that an
+	// index has (package tarindex).
+	GzipIndexed
 )
 
-// String returns "none", "gzip" or "zstd".
+// String returns "none", "gzip", "zstd" or "gzip with an index".
 func (c Compression) String() string {
 	switch c {
 	case None:
@@ -66,6 +69,8 @@ func (c Compression) String() string {
 		return "gzip"
 	case Zstd:
 		return "zstd"
+	case GzipIndexed:
+		return "gzip with an index"
 	}
 	return "unknown compression"
 }
@@ -77,15 +82,18 @@ type Format uint8
 const (
 	EStargz     Format = 1 + iota // gzip, footer of 51 or 47 bytes
 	ZstdChunked                   // zstd, either dialect
+	Tar                           // an ordinary layer, by an index of its own (package tarindex)
 )
 
-// String returns "eStargz" or "zstd:chunked".
+// String returns "eStargz", "zstd:chunked" or "tar with an index".
 func (f Format) String() string {
 	switch f {
 	case EStargz:
 		return "eStargz"
 	case ZstdChunked:
 		return "zstd:chunked"
+	case Tar:
+		return "tar with an index"
 	}
 	return "unknown format"
 }

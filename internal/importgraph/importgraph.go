@@ -9,6 +9,7 @@ package importgraph
 var Allowed = map[string][]string{
 	"image/toc":         {},
 	"image/zstdchunked": {},
+	"image/tarindex":    {"image/toc"},
 	"image":             {"image/toc"},
 	"erofs":             {},
 	"verity":            {},
@@ -16,7 +17,7 @@ var Allowed = map[string][]string{
 	"fetcher":           {"image", "image/toc", "metrics"},
 	"cache":             {"image", "verity", "metrics"},
 	"fusefs":            {"erofs", "metrics"},
-	"mount":             {"image/toc", "image", "erofs", "verity", "metrics", "fetcher", "cache", "fusefs"},
+	"mount":             {"image/toc", "image/tarindex", "image", "erofs", "verity", "metrics", "fetcher", "cache", "fusefs"},
 	"convert":           {"image", "image/toc", "image/zstdchunked", "verity", "fetcher", "mount"},
 	"snapshotter":       {"mount", "metrics"},
 	"cmd/cfs-fuse":      {"*"},

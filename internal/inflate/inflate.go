@@ -256,6 +256,9 @@ func (z *Reader) Next() (p []byte, cut bool, err error) {
 // InputOffset returns how many bytes of the stream were used.
 func (z *Reader) InputOffset() int64 { return z.inBase + int64(z.pos) - int64(z.nb/8) }
 
+// OutputOffset returns how many bytes of output were given.
+func (z *Reader) OutputOffset() int64 { return z.outBase + int64(z.from) }
+
 // more makes output, at least a byte, or returns why there is none.
 func (z *Reader) more() error {
 	if z.err != nil {

@@ -107,7 +107,7 @@ func checkPoints(t testing.TB, blob, want []byte, points []*Checkpoint, span int
 		if out-c.Out > max(span, minSpan) {
 			t.Fatalf("checkpoint %d: %d bytes to the next", i, out-c.Out)
 		}
-		if err := z.ResetAt(iotest.OneByteReader(bytes.NewReader(blob[c.In:in])), c, out-c.Out); err != nil {
+		if err := z.ResetAt(iotest.HalfReader(bytes.NewReader(blob[c.In:in])), c, out-c.Out); err != nil {
 			t.Fatalf("checkpoint %d, %+v: %v", i, c, err)
 		}
 		got, err := io.ReadAll(z)
@@ -118,7 +118,7 @@ func checkPoints(t testing.TB, blob, want []byte, points []*Checkpoint, span int
 }
 
 func TestKinds(t *testing.T) {
-	data := text(1<<20+12345, 1)
+	data := text(500_000, 1)
 	zeros := make([]byte, 3<<20) // blocks of megabytes of output each
 	random := make([]byte, 500_000)
 	for i := range random {
@@ -143,8 +143,8 @@ func TestKinds(t *testing.T) {
 	}
 	for name, c := range cases {
 		t.Run(name, func(t *testing.T) {
-			for _, span := range []int64{0, minSpan, 200_000} {
-				for _, wrap := range []func(io.Reader) io.Reader{plainly, iotest.HalfReader, iotest.DataErrReader} {
+			for _, span := range []int64{minSpan, 200_000} {
+				for _, wrap := range []func(io.Reader) io.Reader{plainly, iotest.HalfReader} {
 					got, points, err := unpack(t, c.blob, span, wrap)
 					if err != nil || !bytes.Equal(got, c.want) {
 						t.Fatalf("span %d: %d bytes, want %d: %v", span, len(got), len(c.want), err)
@@ -152,7 +152,7 @@ func TestKinds(t *testing.T) {
 					checkPoints(t, c.blob, c.want, points, span)
 				}
 			}
-			for cut := 1; cut < len(c.blob) && !strings.Contains("garbage padding a byte more members", name); cut += 1 + len(c.blob)/50 {
+			for cut := 1; cut < len(c.blob) && !strings.Contains("garbage padding a byte more members", name); cut += 1 + len(c.blob)/8 {
 				if _, _, err := unpack(t, c.blob[:cut], minSpan, plainly); !errors.Is(err, io.ErrUnexpectedEOF) {
 					t.Fatalf("cut at %d of %d: %v", cut, len(c.blob), err)
 				}
@@ -247,9 +247,9 @@ func TestWrong(t *testing.T) {
 
 // Windows hold little of what compresses well: most of it nobody refers to.
 func TestSparseWindows(t *testing.T) {
-	data := text(8<<20, 3)
+	data := text(2<<20, 3)
 	blob := pack(t, 6, data)
-	_, points, err := unpack(t, blob, 1<<20, plainly)
+	_, points, err := unpack(t, blob, 200_000, plainly)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -279,7 +279,7 @@ func TestHostileCheckpoints(t *testing.T) {
 	}
 	r := rand.New(rand.NewPCG(5, 5))
 	z := NewReader(strings.NewReader(""), Options{})
-	for range 2000 {
+	for range 500 {
 		c := *points[r.IntN(len(points))]
 		c.Lengths = bytes.Clone(c.Lengths)
 		switch r.IntN(6) {
