@@ -77,6 +77,7 @@ func OpenLowers(ctx context.Context, store *cache.Store, origin Origin, dir stri
 	m := newMount(src.String(), dir, o)
 	m.log = m.opts.Logger.With("source", src.String())
 	m.store, m.sharedStore, m.src = store, true, src
+	m.chunkedOnly = true // containerd unpacks other images itself
 	m.startStory()
 	defer func() {
 		if err != nil {

@@ -156,6 +156,7 @@ type Mount struct {
 	resumed      bool   // from another process, which may have sealed the image
 	lazyFrom     bool   // it was begun by this process, with an image that was not sealed
 	unwatch      func()
+	chunkedOnly  bool // an image with an ordinary layer is refused
 	reports      reports
 	started      time.Time // from when the profile counts
 	begun        time.Time // from when milestones count

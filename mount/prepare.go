@@ -343,7 +343,7 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (*tabl
 				o.InsecureTOC = true
 				t, err = toc.Read(r, desc.Size, o)
 			}
-			if errors.Is(err, toc.ErrNoTOC) {
+			if errors.Is(err, toc.ErrNoTOC) && !m.chunkedOnly {
 				mu.Lock()
 				defer mu.Unlock()
 				ordinary = append(ordinary, &ordinaryLayer{number: i, desc: desc})
