@@ -45,7 +45,7 @@ func (s *Store) damagedWhole(w wholeFile, ct image.Content) bool {
 	if err == nil && content == ct.Digest {
 		return false
 	}
-	s.log.Warn("a file is damaged, is moved aside and will be fetched again", "content", ct.Digest.String(), "err", err)
+	s.log.Warn("a file is damaged, is moved aside and will be fetched again", "content", ct.Digest.String(), "error", err)
 	if noted, ok := notedDigest(w.fd); ok {
 		object = noted
 	}

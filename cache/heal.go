@@ -28,7 +28,7 @@ func (st *stage) unmark(k int) {
 	st.forget(k)
 	if st.state == stageFilling {
 		if err := st.reopen(); err != nil {
-			st.s.log.Warn("a damaged chunk cannot be written again", "content", st.content.String(), "err", err)
+			st.s.log.Warn("a damaged chunk cannot be written again", "content", st.content.String(), "error", err)
 		}
 	}
 }
@@ -47,7 +47,7 @@ func (st *stage) forget(k int) {
 		st.left++
 		st.object = image.Digest{}
 		if err := st.writeMap(k); err != nil {
-			st.s.log.Warn("the mark of a damaged chunk stays", "content", st.content.String(), "err", err)
+			st.s.log.Warn("the mark of a damaged chunk stays", "content", st.content.String(), "error", err)
 		}
 	}
 }

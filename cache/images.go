@@ -67,7 +67,7 @@ func (s *Store) Lease(d image.Digest) (*Lease, error) {
 		return l, nil
 	case isFull(err) || errors.Is(err, unix.EROFS) || errors.Is(err, unix.EACCES):
 		// What is served is open, which eviction notices as well (inUse).
-		s.log.Warn("no lease can be written", "image", d.String(), "err", err)
+		s.log.Warn("no lease can be written", "image", d.String(), "error", err)
 		return &Lease{}, nil
 	}
 	return nil, fmt.Errorf("lease image %s: %w", d, err)
@@ -183,7 +183,7 @@ func (s *Store) isOpen(d image.Digest) (bool, error) {
 			continue
 		}
 		if !errors.Is(err, unix.EAGAIN) {
-			s.log.Warn("it cannot be told whether an image is mounted; it is kept", "image", d.String(), "err", err)
+			s.log.Warn("it cannot be told whether an image is mounted; it is kept", "image", d.String(), "error", err)
 		}
 		return true, nil
 	}

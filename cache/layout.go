@@ -81,7 +81,7 @@ func (s *Store) open() (err error) {
 	err = s.probe()
 	if errors.Is(err, unix.ENOSPC) || errors.Is(err, unix.EDQUOT) || errors.Is(err, unix.EROFS) {
 		// What is here can be read all the same.
-		s.log.Warn("nothing can be written to the store", "root", s.root, "err", err)
+		s.log.Warn("nothing can be written to the store", "root", s.root, "error", err)
 		err = nil
 	}
 	if err != nil {
@@ -188,7 +188,7 @@ func (s *Store) probe() error {
 	if s.link(t, s.stagingDir.fd, name) != nil {
 		s.linkEmpty = false
 		if err := s.link(t, s.stagingDir.fd, name); err != nil {
-			s.log.Info("unnamed files cannot be linked", "err", err)
+			s.log.Info("unnamed files cannot be linked", "error", err)
 			s.noTmpfile = true
 			return nil
 		}

@@ -155,7 +155,7 @@ func (s *Store) enable(fd int) error {
 	err = verity.Enable(f)
 	if _, no := errors.AsType[*verity.NotSupportedError](err); no {
 		if !s.noVerity.Swap(true) {
-			s.log.Info("objects are stored without fs-verity", "root", s.root, "err", err)
+			s.log.Info("objects are stored without fs-verity", "root", s.root, "error", err)
 		}
 		return nil
 	}

@@ -220,7 +220,7 @@ func (st *stage) readGood(p []byte, off int64, k, end int, chunk chunkAt) (n int
 	for bad = -1; stop < end && st.have.has(stop); stop++ {
 		if !st.seen.has(stop) {
 			if right, err := checkChunk(st.data.fd, chunk(stop)); err != nil || !right {
-				st.s.log.Warn("a chunk is damaged and will be fetched again", "content", st.content.String(), "chunk", stop, "err", err)
+				st.s.log.Warn("a chunk is damaged and will be fetched again", "content", st.content.String(), "chunk", stop, "error", err)
 				bad = stop
 				break
 			}

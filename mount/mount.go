@@ -220,7 +220,7 @@ func Start(ctx context.Context, source, mountpoint string, o Options) (_ *Mount,
 		return m, m.startComposefs(path)
 	}
 	m.story.phase("store")
-	if m.store, err = cache.Open(o.Root, cache.Options{Metrics: o.Metrics, Logger: o.Logger, Budget: o.Budget}); err != nil {
+	if m.store, err = cache.Open(o.Root, cache.Options{Metrics: o.Metrics, Logger: m.log, Budget: o.Budget}); err != nil {
 		return nil, err
 	}
 	m.story.phase("image")
@@ -275,9 +275,10 @@ func newMount(source, mountpoint string, o Options) *Mount {
 	if o.Backend == "" {
 		o.Backend = AutoBackend
 	}
-	o.Source.Metrics, o.Source.Logger = o.Metrics, o.Logger
+	log := o.Logger.With("source", source, "mountpoint", mountpoint)
+	o.Source.Metrics, o.Source.Logger = o.Metrics, log
 	m := &Mount{
-		opts: o, log: o.Logger.With("source", source, "mountpoint", mountpoint),
+		opts: o, log: log,
 		mountpoint: mountpoint, source: source, started: time.Now(), begun: time.Now(),
 		change: make(chan struct{}),
 	}

@@ -169,7 +169,7 @@ func (m *Mount) resumeImage(conn *fusesession.Session, st sessionState, wait fun
 	if err != nil {
 		return err
 	}
-	if m.store, err = cache.Open(m.opts.Root, cache.Options{Metrics: m.opts.Metrics, Logger: m.opts.Logger, Budget: m.opts.Budget}); err != nil {
+	if m.store, err = cache.Open(m.opts.Root, cache.Options{Metrics: m.opts.Metrics, Logger: m.log, Budget: m.opts.Budget}); err != nil {
 		return err
 	}
 	if m.src, err = fetcher.OpenSource(m.source, m.opts.Source); err != nil {

@@ -45,6 +45,7 @@ Exit codes:
 type global struct {
 	runtimeDir string
 	logLevel   string
+	logFormat  string
 }
 
 // usageError is a command line that cannot be right.
@@ -70,7 +71,8 @@ func newRoot(g *global) *cobra.Command {
 	}
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentFlags().StringVar(&g.runtimeDir, "runtime-dir", defaultRuntime(), "`folder` of the records of what is mounted")
-	root.PersistentFlags().StringVar(&g.logLevel, "log-level", "info", "debug, info, warn or error")
+	root.PersistentFlags().StringVar(&g.logLevel, "log-level", "info", "`level` of what is logged: debug, info, warn or error")
+	root.PersistentFlags().StringVar(&g.logFormat, "log-format", "text", "`format` of the log: text or json, one line for each event")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usageError{err} })
 	root.AddCommand(
 		newMount(g),
@@ -180,7 +182,14 @@ func (g *global) logger() (*slog.Logger, error) {
 	if err := level.UnmarshalText([]byte(g.logLevel)); err != nil {
 		return nil, usageError{fmt.Errorf("--log-level %s: want debug, info, warn or error", g.logLevel)}
 	}
-	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: level})), nil
+	o := &slog.HandlerOptions{Level: level}
+	switch g.logFormat {
+	case "text", "":
+		return slog.New(slog.NewTextHandler(os.Stderr, o)), nil
+	case "json":
+		return slog.New(slog.NewJSONHandler(os.Stderr, o)), nil
+	}
+	return nil, usageError{fmt.Errorf("--log-format %s: want text or json", g.logFormat)}
 }
 
 func defaultRuntime() string {
