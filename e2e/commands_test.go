@@ -3,6 +3,7 @@ package e2e
 import (
 	"encoding/json"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -141,4 +142,40 @@ func TestCommands(t *testing.T) {
 	b.must("umount", lazy)
 	b.refused(3, nil, "umount", point)
 	noProcess(t, b.dir)
+}
+
+// The quick start of README.md works as it stands there, but for the names of
+// the registry and of the folders.
+func TestReadme(t *testing.T) {
+	b := newBench(t)
+	raw, err := os.ReadFile("../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(raw), "## Quick start")
+	text, _, _ = strings.Cut(text, "\n## ")
+	var script []string
+	for i, block := range strings.Split(text, "```") {
+		for line := range strings.Lines(block) {
+			if i%2 == 1 && strings.TrimSpace(line) != "" && !strings.HasPrefix(line, "make ") {
+				script = append(script, strings.TrimSpace(line))
+			}
+		}
+	}
+	if len(script) < 6 {
+		t.Fatalf("the quick start has only %q", script)
+	}
+	point := b.point()
+	lines := strings.NewReplacer("registry.example.com/debian:12", registry.Addr+"/"+images.Debian+":"+images.EStargz, "/mnt", point,
+		"cfs-fuse mount", "cfs-fuse mount --root "+b.root, "cfs-fuse ", "cfs-fuse --runtime-dir "+b.runtime+" ").Replace(strings.Join(script, "\n"))
+	lines = strings.ReplaceAll(lines, "cfs-fuse mount --root", "cfs-fuse --runtime-dir "+b.runtime+" mount --root")
+	cmd := exec.Command("sh", "-e", "-c", lines)
+	cmd.Env = append(os.Environ(), "PATH="+filepath.Dir(binary)+":"+os.Getenv("PATH"))
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), "\n1\n") || !strings.Contains(string(out), "state") {
+		t.Errorf("%v: %s\n%s", err, lines, out)
+	}
+	if left := mountOn(t, point); len(left) > 0 {
+		t.Errorf("left: %+v", left)
+	}
 }
