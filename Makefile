@@ -7,6 +7,7 @@ FUZZTIME  ?= 30s
 # Packages of Debian that the tests use: real registries, real unpackers, real
 # images, the kernel's own checkers.
 APT       := btrfs-progs \
+	chromium \
 	containerd \
 	cpio \
 	debian-archive-keyring \

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"strings"
+	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/cache"
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
@@ -22,6 +23,7 @@ type lazyContents struct {
 	spare *spareChunks
 	fetch *fetcher.Fetcher
 	seen  *recorder
+	story *story
 }
 
 var _ fusefs.Objects = (*lazyContents)(nil)
@@ -40,11 +42,15 @@ func (l *lazyContents) ReadAt(ctx context.Context, object string, p []byte, off 
 		return 0, false, fmt.Errorf("content %s: not in the image's index of chunks", digest)
 	}
 	l.seen.note(content, off, int64(len(p)))
+	begin := time.Now()
 	n, attempts := 0, 0
 	for {
 		k, err := l.local.ReadAt(content, p[n:], off+int64(n))
 		n += k
 		if n == len(p) || errors.Is(err, io.EOF) {
+			if attempts == 0 {
+				l.story.answered(time.Since(begin))
+			}
 			return n, attempts > 0, nil
 		}
 		absent, isAbsent := errors.AsType[*cache.AbsentError](err)

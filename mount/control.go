@@ -30,7 +30,6 @@ import (
 //	GET /start             the Story of the start as JSON
 //	POST /swap?namespaces=PID,…
 //	                       204 once it is swapped, 409 and the reason when it cannot be
-//	POST /swap             204 once it is swapped, 409 and the reason when it cannot be
 //	GET /wait?for=STATE    204 once STATE is reached, 409 and the reason when it never will be
 //	POST /replace?path=P   204 once the program P is ready to go on with the mount, 409 and the reason if not
 type Control struct {

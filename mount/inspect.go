@@ -186,7 +186,7 @@ func (img *Image) openTree(ctx context.Context) (err error) {
 		return hint.Wrap(err, "remove "+m.image.dir+" and try again")
 	}
 	m.fetch = m.newFetcher(nil)
-	img.contents = &lazyContents{m.image.index, m.contents, m.spare, m.fetch, nil}
+	img.contents = &lazyContents{m.image.index, m.contents, m.spare, m.fetch, nil, nil}
 	return nil
 }
 
@@ -308,3 +308,29 @@ func (img *Image) Fetched() Work {
 
 // Close ends what is under way. What was fetched stays in the store.
 func (img *Image) Close() { img.m.release() }
+
+// A ChunkState is what the store has of one chunk of an image.
+type ChunkState struct {
+	Layer   int
+	Size    int64 // in bytes
+	Content string
+	Local   bool
+	Zero    bool // all zero: it is never fetched
+}
+
+// Chunks calls fn for each chunk of an image whose tree the store knows, by its
+// number in the index.
+func (img *Image) Chunks(ctx context.Context, fn func(chunk int, c ChunkState)) error {
+	if img.m.src == nil {
+		return fmt.Errorf("%s: a composefs image has no chunks", img.m.source)
+	}
+	if err := img.open(ctx); err != nil {
+		return err
+	}
+	x := img.m.image.index
+	for j := range x.Chunks() {
+		c := x.Chunk(j)
+		fn(j, ChunkState{Layer: c.Layer, Size: c.Size, Content: x.Content(c.Content).Digest.String(), Local: !img.m.contents.Missing(j), Zero: c.Zero})
+	}
+	return nil
+}

@@ -354,7 +354,7 @@ func (l *Lowers) mountTree() error {
 }
 
 func (l *Lowers) lazyContents() *lazyContents {
-	return &lazyContents{l.m.image.index, l.m.contents, l.m.spare, l.m.fetch, l.m.record}
+	return &lazyContents{l.m.image.index, l.m.contents, l.m.spare, l.m.fetch, l.m.record, l.m.story}
 }
 
 // serving notes the session that is served now, and waits for its end. mu is

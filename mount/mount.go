@@ -321,7 +321,7 @@ func (m *Mount) serve() error {
 	if m.reader, err = erofs.OpenFile(m.image.path(lazyName)); err != nil {
 		return hint.Wrap(err, "remove "+m.image.dir+" and mount again")
 	}
-	contents := &lazyContents{m.image.index, m.contents, m.spare, m.fetch, m.record}
+	contents := &lazyContents{m.image.index, m.contents, m.spare, m.fetch, m.record, m.story}
 	o := m.fuseOptions()
 	if hybrid {
 		err = m.serveHybrid(contents, o)

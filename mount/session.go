@@ -203,7 +203,7 @@ func (m *Mount) resumeImage(conn *fusesession.Session, st sessionState, wait fun
 	m.beginStory()
 	m.resumeStory()
 	m.fetch = m.newFetcher(m.startProfile())
-	contents.local, contents.spare, contents.fetch, contents.seen = m.contents, m.spare, m.fetch, m.record
+	contents.local, contents.spare, contents.fetch, contents.seen, contents.story = m.contents, m.spare, m.fetch, m.record, m.story
 	return nil
 }
 

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
@@ -51,6 +52,10 @@ type Story struct {
 	// Uses are the first reads of chunks, in their order.
 	Uses     []Use `json:"uses"`
 	UsesLost int   `json:"uses_lost"`
+	// Local are reads that were answered from the store, and LocalSeconds how
+	// long that took, all together.
+	Local        int64   `json:"local_reads"`
+	LocalSeconds float64 `json:"local_seconds"`
 	// Bytes of the image, of those what was in the store at the start, what was
 	// taken from files of other images since, and what was read so far.
 	Bytes       int64 `json:"image_bytes"`
@@ -103,6 +108,9 @@ type Use struct {
 type story struct {
 	began  time.Time
 	report func(what string, done, total int64) // Options.Progress
+
+	local      atomic.Int64 // reads that did not wait
+	localNanos atomic.Int64 // and their time
 
 	mu     sync.Mutex
 	s      Story
@@ -247,11 +255,21 @@ func (t *story) used(chunk int, size int64) {
 	}
 }
 
+// answered notes a read that did not wait.
+func (t *story) answered(d time.Duration) {
+	if t != nil {
+		t.local.Add(1)
+		t.localNanos.Add(int64(d))
+	}
+}
+
 // tell returns the story so far.
 func (t *story) tell() *Story {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	s := t.s
+	s.Local += t.local.Load()
+	s.LocalSeconds += time.Duration(t.localNanos.Load()).Seconds()
 	s.Phases = append([]Phase{}, s.Phases...)
 	s.Uses = append([]Use{}, s.Uses...)
 	s.Waits = append([]ReadWait{}, s.Waits...)

@@ -122,7 +122,7 @@ func printStart(w io.Writer, e *mount.Explanation) {
 	if e.Story.Mounted > 0 {
 		add(e.Story.Mounted, st.Waiting, fmt.Sprintf("%d reads waited: %.3f for the network, %.3f for decompressing and digests, %.3f for the store, %.3f in the queue",
 			st.Reads, st.Network, st.Inflate, st.Store, st.Queue))
-		add(e.Story.Mounted, st.Idle, "no read waited: programs ran")
+		add(e.Story.Mounted, st.Idle, fmt.Sprintf("no read waited: programs ran (%d reads were answered from the store in %.3f s so far)", e.Story.Local, e.Story.LocalSeconds))
 	}
 	writeColumns(w, rows)
 	for _, name := range []string{"complete", "sealed", "swapped"} {

@@ -90,6 +90,7 @@ func newRoot(g *global) *cobra.Command {
 		newCache(g),
 		newErofs(),
 		newExplain(g),
+		newReport(g),
 		newInspect(g),
 		newLs(g),
 		newTree(g),
