@@ -11,7 +11,6 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
 	"github.com/cfs-fuse/cfs-fuse/internal/inflate"
-	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 )
 
@@ -52,8 +51,7 @@ func (s *spanReader) fail(err error) error {
 // A scratch is what decoding needs and can be used again, as far as it is small.
 type scratch struct {
 	body *bufio.Reader
-	gzip *gzip.Reader
-	span *bufio.Reader // in front of gzip, which is fast on no other reader of a stream
+	gzip *inflate.Reader
 	buf  []byte
 	wide bool // allow zstd every window, whatever the first frame says
 
@@ -80,8 +78,8 @@ var (
 // keep puts s back into the pool.
 func (s *scratch) keep() {
 	s.body.Reset(nil)
-	if s.span != nil {
-		s.span.Reset(nil)
+	if s.gzip != nil {
+		s.gzip.Reset(nil, inflate.Options{})
 	}
 	s.wide, s.checkpoint = false, nil
 	scratches.Put(s)
@@ -125,21 +123,10 @@ func (s *scratch) decompress(c toc.Compression, layer int, off int64, class int,
 	case toc.None:
 		return r, done, nil
 	case toc.Gzip:
-		if s.span == nil {
-			s.span = bufio.NewReaderSize(nil, bodyBuffer)
-		}
-		s.span.Reset(r)
-		r = s.span
 		if s.gzip == nil {
-			z, err := gzip.NewReader(r)
-			if err != nil {
-				return nil, done, noEOF(err)
-			}
-			s.gzip = z
-			return z, done, nil
-		}
-		if err := s.gzip.Reset(r); err != nil {
-			return nil, done, noEOF(err)
+			s.gzip = inflate.NewReader(r, inflate.Options{})
+		} else {
+			s.gzip.Reset(r, inflate.Options{})
 		}
 		return s.gzip, done, nil
 	case toc.Zstd:

@@ -285,7 +285,7 @@ func (z *Reader) more() error {
 	}
 	if z.err != nil {
 		z.settle()
-		if z.err != io.EOF {
+		if errors.Is(z.err, ErrCorrupt) || errors.Is(z.err, ErrChecksum) {
 			z.from = z.w // of what is corrupt nothing is given
 		}
 	}
