@@ -51,6 +51,12 @@ func (m *Mount) serveHybrid(contents *lazyContents, o fusefs.Options) error {
 		if err == nil {
 			err = kmount.Restrict(over, m.opts.Attributes)
 		}
+		if err == nil && m.view.Upper == "" { // inode numbers of a writable mount may be another filesystem's
+			var werr error
+			if m.opens, werr = m.watchOpens(over); werr != nil {
+				m.log.Debug("the access profile will lack what the kernel reads by itself", "error", werr)
+			}
+		}
 		if err == nil {
 			err = kmount.Attach(over, m.mountpoint)
 		}
@@ -64,6 +70,8 @@ func (m *Mount) serveHybrid(contents *lazyContents, o fusefs.Options) error {
 		}
 	}
 	if err != nil {
+		m.opens.Close()
+		m.opens = nil
 		<-srv.Done()
 		return err
 	}

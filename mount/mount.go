@@ -139,6 +139,7 @@ type Mount struct {
 	spare       *spareChunks // in front of contents
 	fetch       *fetcher.Fetcher
 	record      *recorder      // nil for composefs: sources
+	opens       *openWatch     // of a hybrid mount; may be nil
 	story       *story         // nil for what is only looked at
 	sealing     atomic.Int64   // files that seal has come to
 	inherited   []image.Access // the profile of a related image, or one that was given
@@ -564,6 +565,7 @@ func (m *Mount) release() {
 	if m.stop != nil {
 		m.stop()
 	}
+	m.opens.Close()
 	if m.fetch != nil {
 		m.fetch.Close()
 	}
