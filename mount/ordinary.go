@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -42,9 +43,9 @@ func indexName(layer image.Digest, kind string) string {
 	return indexPrefix + hex.EncodeToString(layer[:]) + kind
 }
 
-// streamsAtOnce is how many ordinary layers are read in parallel: more would
-// take memory, and two fill most links.
-const streamsAtOnce = 4
+// streamsAtOnce returns how many ordinary layers are read in parallel: the
+// largest, which comes first, must not wait for a processor because of others.
+func streamsAtOnce() int { return min(8, runtime.GOMAXPROCS(0)+1) }
 
 // An ordinaryLayer is a layer without a table of contents of its own.
 type ordinaryLayer struct {
@@ -92,7 +93,7 @@ func (m *Mount) readOrdinary(ctx context.Context, manifest *fetcher.Manifest, or
 	w := newContentWriter(m)
 	defer w.close()
 	g, gctx := errgroup.WithContext(ctx)
-	g.SetLimit(streamsAtOnce)
+	g.SetLimit(streamsAtOnce())
 	for _, l := range todo {
 		g.Go(func() error {
 			return m.readLayer(gctx, stream, l, w, func(n int) {
@@ -152,7 +153,7 @@ func (m *Mount) tryLayer(ctx context.Context, stream *fetcher.Stream, blob fetch
 		return nil, err
 	}
 	defer body.Close()
-	return tarindex.Build(ctx, &reportingReader{body, report}, tarindex.Layer{Blob: d, Size: l.desc.Size, DiffID: l.diffID}, w)
+	return tarindex.Build(ctx, &reportingReader{r: body, report: report}, tarindex.Layer{Blob: d, Size: l.desc.Size, DiffID: l.diffID}, w)
 }
 
 // findIndex looks for a layer's index in the folders of the store's images.
@@ -471,14 +472,21 @@ func (m *Mount) readContent(d toc.Digest, p []byte, off int64) error {
 
 var errHidden = errors.New("it is hidden by another layer, and was not fetched")
 
-// A reportingReader tells of each read how many bytes it gave.
+// A reportingReader tells now and then how many bytes more it gave.
 type reportingReader struct {
 	r      io.Reader
 	report func(n int)
+	untold int
 }
+
+// reportEach is after how many bytes a reportingReader tells.
+const reportEach = 512 << 10
 
 func (r *reportingReader) Read(p []byte) (int, error) {
 	n, err := r.r.Read(p)
-	r.report(n)
+	if r.untold += n; r.untold >= reportEach || err != nil {
+		r.report(r.untold)
+		r.untold = 0
+	}
 	return n, err
 }

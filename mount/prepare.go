@@ -332,7 +332,9 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (*tabl
 			r := &countingReaderAt{r: fetcher.ReaderAt(gctx, blob, desc.Size), requests: &requests, bytes: &bytes}
 			o := toc.Options{Annotations: desc.Annotations, InsecureTOC: manifest.LocalLayer}
 			t, err := toc.Read(r, desc.Size, o)
-			if other, ok := fetcher.Elsewhere(blob); ok && err != nil && !r.failed && !errors.Is(err, toc.ErrNoTOCDigest) {
+			_, _, promised := toc.Promised(desc.Annotations)
+			final := err == nil || errors.Is(err, toc.ErrNoTOCDigest) || errors.Is(err, toc.ErrNoTOC) && !promised
+			if other, ok := fetcher.Elsewhere(blob); ok && !final && !r.failed {
 				// The bytes came, and are not what they should be.
 				m.log.Debug("a table of contents is asked for again", "layer", i, "error", err)
 				r.r = fetcher.ReaderAt(gctx, other, desc.Size)

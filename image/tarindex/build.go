@@ -183,7 +183,7 @@ func (p *pipe) feed(r io.Reader, size int64) error {
 		if err != nil {
 			return err
 		}
-		n, err := r.Read(buf[:min(pieceSize, size)])
+		n, err := io.ReadFull(r, buf[:min(pieceSize, size)])
 		size -= int64(n)
 		if n > 0 {
 			if serr := p.send(buf[:n], false); serr != nil {
@@ -192,7 +192,7 @@ func (p *pipe) feed(r io.Reader, size int64) error {
 		} else {
 			p.free <- buf
 		}
-		if err != nil && (size > 0 || err != io.EOF) {
+		if err != nil {
 			return noEOF(err)
 		}
 	}
@@ -417,7 +417,7 @@ type live struct {
 
 func newLive(in *pipe, store Store) *live {
 	l := &live{in: in, store: store, sum256: sha256.New()}
-	l.z, _ = zstd.NewWriter(&l.packed, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBestCompression), zstd.WithEncoderCRC(false))
+	l.z, _ = zstd.NewWriter(&l.packed, zstd.WithEncoderConcurrency(1), zstd.WithEncoderLevel(zstd.SpeedBetterCompression), zstd.WithEncoderCRC(false))
 	return l
 }
 
