@@ -29,7 +29,8 @@ APT       := btrfs-progs \
 	umoci \
 	util-linux \
 	xfsprogs \
-	xz-utils
+	xz-utils \
+	zstd
 
 # Where 'install' puts things, and the names of the composefs tools that it
 # links to the command (mount(8) looks for its helpers in sbin).

@@ -17,6 +17,7 @@ import (
 	"github.com/klauspost/compress/zstd"
 	"github.com/opencontainers/go-digest"
 	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
@@ -252,6 +253,19 @@ func (w *fileWriter) Write(p []byte) (int, error) {
 	return n, err
 }
 
+// A contextReader ends with its context.
+type contextReader struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (c *contextReader) Read(p []byte) (int, error) {
+	if c.ctx.Err() != nil {
+		return 0, context.Cause(c.ctx)
+	}
+	return c.r.Read(p)
+}
+
 // A contextReaderAt ends with its context.
 type contextReaderAt struct {
 	ctx context.Context
@@ -283,38 +297,79 @@ func (r *layerResult) zstdChunked(ctx context.Context, blob *os.File, a *archive
 	return nil
 }
 
+// estargz writes an eStargz layer: without files to put first by Build, which
+// compresses parts of the tar side by side; else by a Writer, in our own order, as
+// Build puts no file first whose folders have no entries in the layer.
 func (r *layerResult) estargz(ctx context.Context, blob *os.File, a *archive, first []string) error {
-	missing := []string{}
-	// Not by WithContext: ended by that, Build leaves temporary files.
-	in := &contextReaderAt{ctx, a.f}
-	b, err := estargz.Build(io.NewSectionReader(in, 0, a.size), estargz.WithCompressionLevel(gzipLevel),
-		estargz.WithParallelism(estargzWorkers), estargz.WithPrioritizedFiles(first), estargz.WithAllowPrioritizeNotFound(&missing))
+	out := &fileWriter{f: blob}
+	sum := digest.SHA256.Digester()
+	w := &countingWriter{w: io.MultiWriter(out, sum.Hash())}
+	var toc digest.Digest
+	var err error
+	if len(first) > 0 {
+		toc, err = writeEStargz(ctx, w, a, first)
+	} else {
+		toc, err = buildEStargz(ctx, w, a)
+	}
 	if err != nil {
 		if cause := context.Cause(ctx); cause != nil {
 			return cause
 		}
-		return withSpace(fmt.Errorf("write eStargz: %w", err))
+		if err = fmt.Errorf("write eStargz: %w", err); out.err != nil || errors.Is(err, unix.ENOSPC) {
+			err = withSpace(err)
+		}
+		return err
 	}
-	out := &fileWriter{f: blob}
-	sum := digest.SHA256.Digester()
-	n, err := io.Copy(io.MultiWriter(out, sum.Hash()), b)
+	// What any gzip tool makes of it is the layer's tar.
+	plain := digest.SHA256.Digester()
+	z, err := gzip.NewReader(bufio.NewReaderSize(io.NewSectionReader(blob, 0, w.n), 256<<10))
+	var size int64
+	if err == nil {
+		size, err = io.Copy(plain.Hash(), &contextReader{ctx, z})
+	}
 	if err != nil {
+		return fmt.Errorf("read what was written: %w", err)
+	}
+	r.desc = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: sum.Digest(), Size: w.n, Annotations: map[string]string{
+		estargz.TOCJSONDigestAnnotation:         toc.String(),
+		estargz.StoreUncompressedSizeAnnotation: strconv.FormatInt(size, 10),
+	}}
+	r.diffID = plain.Digest()
+	return nil
+}
+
+func writeEStargz(ctx context.Context, out io.Writer, a *archive, first []string) (toc digest.Digest, err error) {
+	tarball, err := a.ordered(first)
+	if err != nil {
+		return "", err
+	}
+	w := estargz.NewWriterLevel(out, gzipLevel)
+	if err := w.AppendTar(&contextReader{ctx, tarball}); err != nil {
+		return "", err
+	}
+	return w.Close()
+}
+
+func buildEStargz(ctx context.Context, out io.Writer, a *archive) (toc digest.Digest, err error) {
+	// Not by WithContext: ended by that, Build leaves temporary files.
+	in := &contextReaderAt{ctx, a.f}
+	b, err := estargz.Build(io.NewSectionReader(in, 0, a.size), estargz.WithCompressionLevel(gzipLevel), estargz.WithParallelism(estargzWorkers))
+	if err != nil {
+		return "", err
+	}
+	if _, err = io.Copy(out, b); err != nil {
 		io.Copy(io.Discard, b) // else Build waits for its reader for ever
 	}
-	if closeErr := b.Close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
-		return withSpace(fmt.Errorf("write eStargz: %w", err))
-	}
-	raw, err := b.UncompressedSize()
-	if err != nil {
-		return fmt.Errorf("write eStargz: %w", err)
-	}
-	r.desc = ocispec.Descriptor{MediaType: ocispec.MediaTypeImageLayerGzip, Digest: sum.Digest(), Size: n, Annotations: map[string]string{
-		estargz.TOCJSONDigestAnnotation:         b.TOCDigest().String(),
-		estargz.StoreUncompressedSizeAnnotation: strconv.FormatInt(raw, 10),
-	}}
-	r.diffID = b.DiffID()
-	return nil
+	return b.TOCDigest(), errors.Join(err, b.Close())
+}
+
+type countingWriter struct {
+	w io.Writer
+	n int64
+}
+
+func (c *countingWriter) Write(p []byte) (int, error) {
+	n, err := c.w.Write(p)
+	c.n += int64(n)
+	return n, err
 }

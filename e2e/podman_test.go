@@ -99,8 +99,20 @@ run podman image umount "$image"
 
 // TestPodman has Podman of Debian trixie pull a zstd:chunked image with
 // use_composefs, which calls our mkcomposefs for it, mounts the image that we
-// wrote, and must show the image's tree.
+// wrote, and must show the image's tree. One image is skopeo's, one convert's.
 func TestPodman(t *testing.T) {
+	t.Run("skopeo's", func(t *testing.T) {
+		testPodman(t, newBench(t), registry.Addr+"/"+images.Small+":"+images.ZstdChunked)
+	})
+	t.Run("convert's", func(t *testing.T) {
+		b := newBench(t)
+		image := takingRegistry(t, b).Addr + "/small:1"
+		b.must("convert", "-q", "--format", "zstd:chunked", "--plain-http", plain(images.Small), "docker://"+image)
+		testPodman(t, b, image)
+	})
+}
+
+func testPodman(t *testing.T, b *bench, image string) {
 	cache, err := images.DefaultCache()
 	if err != nil {
 		t.Fatal(err)
@@ -109,7 +121,6 @@ func TestPodman(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b := newBench(t)
 	work := filepath.Join(b.dir, "work")
 	for _, dir := range []string{"srv", "tmp", "var/tmp", "etc/containers", "usr/local/bin", "tree"} {
 		if err := os.MkdirAll(filepath.Join(work, dir), 0o755); err != nil {
@@ -139,7 +150,7 @@ use_composefs = "true"
 		t.Fatal(err)
 	}
 	out, err := exec.Command("unshare", "--mount", "--propagation", "private", "--pid", "--fork", "--kill-child",
-		"sh", "-c", podmanScript, "sh", root, work, registry.Addr+"/"+images.Small+":"+images.ZstdChunked).CombinedOutput()
+		"sh", "-c", podmanScript, "sh", root, work, image).CombinedOutput()
 	if err != nil {
 		t.Fatalf("podman: %v\n%s", err, out)
 	}

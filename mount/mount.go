@@ -101,6 +101,10 @@ type Options struct {
 	// Refresh asks a registry what a tag stands for, even if the store knows
 	// an answer. Local sources are always asked.
 	Refresh bool
+	// Record makes the mount one for recording an access profile: it begins anew,
+	// and has what is read from this mount and nothing else. With FUSE as
+	// backend and Swap Never, that is everything.
+	Record bool
 	// Profile is asked, for an image that is served lazily, for the access
 	// profile to start with: by its manifest, and told whether the store has
 	// one that was recorded with it. Nil, or no profile: the store's, of this image or

@@ -124,6 +124,10 @@ func (r *recorder) noted() []image.Access {
 // startProfile finds what is known of the image's start, begins to record
 // this one, and returns what the fetcher should bring first.
 func (m *Mount) startProfile() []fetcher.Part {
+	if m.opts.Record {
+		m.record = newRecorder(m.image.index, nil)
+		return nil
+	}
 	own, related := m.findProfile()
 	m.record = newRecorder(m.image.index, own)
 	m.record.use = m.story.used
@@ -303,6 +307,15 @@ func (m *Mount) profile() (p *image.Profile, noted int) {
 		}
 	}
 	return p, noted
+}
+
+// Profile returns the access profile as it is now, nil if none is recorded.
+func (m *Mount) Profile() *image.Profile {
+	if m.record == nil {
+		return nil
+	}
+	p, _ := m.profile()
+	return p
 }
 
 // saveProfile writes the profile, if something was read that it does not have.

@@ -13,9 +13,11 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/internal/keeper"
+	"github.com/cfs-fuse/cfs-fuse/internal/sandbox"
 )
 
 func main() {
+	sandbox.Init()
 	end := []os.Signal{os.Interrupt, unix.SIGTERM}
 	if !signal.Ignored(unix.SIGHUP) { // nohup(1)
 		end = append(end, unix.SIGHUP)

@@ -86,6 +86,7 @@ func newRoot(g *global) *cobra.Command {
 		newHolder(g),
 		newVerify(g),
 		newConvert(g),
+		newRecord(g),
 		newProfile(g),
 		newCache(g),
 		newErofs(),
@@ -122,6 +123,9 @@ func run(ctx context.Context, args []string) int {
 	}
 	if _, ok := errors.AsType[errPartial](err); ok {
 		return exitFailed // each was said already
+	}
+	if status, ok := errors.AsType[exitStatus](err); ok {
+		return int(status)
 	}
 	code := exitCode(err)
 	advice := hint.Of(err)
