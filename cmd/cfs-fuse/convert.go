@@ -4,18 +4,16 @@ import (
 	"context"
 	"fmt"
 	"io"
-	"os"
 	"path/filepath"
 	"time"
 
 	"github.com/opencontainers/go-digest"
-	"github.com/schollz/progressbar/v3"
 	"github.com/spf13/cobra"
-	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/convert"
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
 	"github.com/cfs-fuse/cfs-fuse/image"
+	"github.com/cfs-fuse/cfs-fuse/internal/progress"
 	"github.com/cfs-fuse/cfs-fuse/internal/repository"
 )
 
@@ -103,16 +101,13 @@ func (f *convertFlags) run(cmd *cobra.Command, g *global, source, dest string) e
 	if name.Digest != "" {
 		return usageError{fmt.Errorf("%s: a digest cannot be given to what does not exist yet; give a tag", dest)}
 	}
-	out := &convertOutput{w: cmd.ErrOrStderr(), started: time.Now()}
+	out := &convertOutput{w: cmd.ErrOrStderr(), bar: newBar(f.quiet), started: time.Now()}
 	if f.quiet {
 		out.w = io.Discard
-	} else if file, ok := out.w.(*os.File); ok && terminal(file) {
-		out.bar = progressbar.NewOptions64(-1, progressbar.OptionSetWriter(file), progressbar.OptionShowBytes(true), progressbar.OptionShowCount(),
-			progressbar.OptionSetDescription("reading"), progressbar.OptionClearOnFinish(), progressbar.OptionThrottle(100*time.Millisecond))
 	}
 	o.Progress = out.event
 	d, err := convert.Convert(ctx, src, to, name.Tag, o)
-	out.end()
+	out.bar.Done()
 	if err != nil {
 		return err
 	}
@@ -142,30 +137,22 @@ func (f *convertFlags) profiles(source string) (func(context.Context, digest.Dig
 	return func(context.Context, digest.Digest) (*image.Profile, error) { return p, nil }, nil
 }
 
-func terminal(f *os.File) bool {
-	_, err := unix.IoctlGetTermios(int(f.Fd()), unix.TCGETS)
-	return err == nil
-}
-
 // convertOutput prints what convert tells: a bar where it is seen, and a line
 // for each layer and image.
 type convertOutput struct {
-	w       io.Writer
-	bar     *progressbar.ProgressBar // nil: no terminal
-	total   int64
-	started time.Time
+	w           io.Writer
+	bar         *progress.Bar
+	read, total int64
+	started     time.Time
 }
 
 func (o *convertOutput) event(e convert.Event) {
 	switch {
 	case e.Found > 0:
-		if o.total += e.Found; o.bar != nil {
-			o.bar.ChangeMax64(o.total)
-		}
+		o.total += e.Found
 	case e.Read > 0:
-		if o.bar != nil {
-			o.bar.Add64(e.Read)
-		}
+		o.read += e.Read
+		o.bar.Set("reading layers", progress.Bytes, o.read, o.total)
 	case e.Layer != nil:
 		l := e.Layer
 		first := ""
@@ -185,16 +172,8 @@ func (o *convertOutput) event(e convert.Event) {
 }
 
 func (o *convertOutput) line(format string, args ...any) {
-	if o.bar != nil {
-		o.bar.Clear()
-	}
+	o.bar.Done()
 	fmt.Fprintf(o.w, format+"\n", args...)
-}
-
-func (o *convertOutput) end() {
-	if o.bar != nil {
-		o.bar.Finish()
-	}
 }
 
 // shortDigest is the beginning of a digest, as people know them.

@@ -86,6 +86,9 @@ func takes(words []string) error {
 	}
 	var flags []string
 	for _, w := range rest {
+		if w == "--" {
+			break // what follows is another program's
+		}
 		if strings.HasPrefix(w, "-") && !strings.ContainsAny(w, "[]|") {
 			flags = append(flags, w)
 		}
