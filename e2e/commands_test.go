@@ -2,6 +2,8 @@ package e2e
 
 import (
 	"encoding/json"
+	"io"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -62,6 +64,20 @@ func TestMetrics(t *testing.T) {
 	}
 	if fetched < 0.5*float64(total) || fetched > 1.1*float64(total) {
 		t.Errorf("%v bytes counted for an image of %d", fetched, total)
+	}
+	req, err := http.NewRequest(http.MethodGet, "http://"+addr+"/metrics", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	req.Header.Set("Accept", "application/openmetrics-text;version=1.0.0")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	open, err := io.ReadAll(resp.Body)
+	if exemplar := `# {image="` + s.ManifestDigest + `"}`; err != nil || !strings.Contains(string(open), exemplar) {
+		t.Errorf("no exemplar %s: %v", exemplar, err)
 	}
 	labels := regexp.MustCompile(`[{,]([a-z_]+)="`)
 	for line := range strings.Lines(text) {

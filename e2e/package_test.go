@@ -80,6 +80,11 @@ func TestPackage(t *testing.T) {
 		t.Errorf("two builds, in two places, of the same source differ")
 	}
 	root := filepath.Join(b.dir, "dist/root-amd64")
+	arm := filepath.Join(b.dir, "cfs-fuse-arm64")
+	if out, err := exec.Command("make", "-C", "..", "build", "ARCH=arm64", "BIN="+arm).CombinedOutput(); err != nil {
+		t.Errorf("build for arm64: %v\n%s", err, out)
+	}
+	isStatic(t, arm)
 	isStatic(t, filepath.Join(root, "usr/bin/cfs-fuse"))
 	checkManual(t, filepath.Join(b.dir, "dist/man"))
 	units, err := filepath.Glob(root + "/usr/lib/systemd/system/*.service")

@@ -177,7 +177,8 @@ alone. Counters of processes that have ended are kept, in a file of the runtime 
 leaves what it has counted when it ends, and before it answers a scrape. One that is killed loses what it counted since the last scrape.
 
 ` + "`cfs-fuse mount --metrics ADDRESS`" + ` serves the same families for that one mount, for as long as its process lives: for a container that has one mount, or a look by hand.
-Do not scrape both.
+Do not scrape both. ` + "`cfs-fuse snapshotter --metrics ADDRESS`" + ` serves all images of containerd's containers, which are of that one process, and which the exporter does not have:
+scrape it besides, with the same job name.
 
 Labels are few, and no label names an image, a layer or a file. Exemplars of ` + "`cfs_fuse_milestone_seconds`" + ` name the image.
 
