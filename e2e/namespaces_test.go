@@ -228,16 +228,17 @@ func TestSwapNamespaces(t *testing.T) {
 		if after := inode(binder.path(bound + "/env")); after != before {
 			t.Errorf("inode number %d, was %d", after, before)
 		}
-		swapped := 0
+		swapped, holds := 0, false
 		for _, p := range b.places(point) {
+			holds = holds || p.PID == binder.pid && p.Mountpoint == "" && strings.Contains(p.Note, "open files (1)")
 			if p.PID == binder.pid && p.Swapped {
 				swapped++
 			} else if p.Swapped || p.Note == "" {
 				t.Errorf("status: %+v", p)
 			}
 		}
-		if swapped != 3 {
-			t.Errorf("%d places swapped, want 3: %+v", swapped, b.places(point))
+		if swapped != 3 || !holds {
+			t.Errorf("%d places swapped, want 3, and the file that is held (%v): %+v", swapped, holds, b.places(point))
 		}
 		if out := b.must("status", point); !strings.Contains(out, bound) || !strings.Contains(out, "pivot_root") {
 			t.Errorf("status:\n%s", out)

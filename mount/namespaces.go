@@ -18,8 +18,8 @@ import (
 // An Elsewhere is a place besides the mount point from which what served before
 // the swap was used, in this mount namespace or another one.
 type Elsewhere struct {
-	// PID is a process of the mount namespace, and Mountpoint a path in it, ""
-	// if there is nothing to name.
+	// PID is a process of the mount namespace, and Mountpoint a path in it; ""
+	// for a process that has something open of what served before.
 	PID        int    `json:"pid"`
 	Mountpoint string `json:"mountpoint,omitempty"`
 	// Swapped says that the kernel's mount is there now; else Note says why not.
@@ -320,7 +320,7 @@ func (m *Mount) elsewhere() (places []Elsewhere) {
 		}
 		places = append(places, e)
 	}
-	for _, e := range remain {
+	for _, e := range append(remain, m.holders()...) {
 		if !slices.ContainsFunc(places, func(b Elsewhere) bool { return b.PID == e.PID && b.Mountpoint == e.Mountpoint }) {
 			places = append(places, e)
 		}
