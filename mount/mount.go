@@ -39,11 +39,14 @@ import (
 	"sync/atomic"
 	"time"
 
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
+
 	"github.com/cfs-fuse/cfs-fuse/cache"
 	"github.com/cfs-fuse/cfs-fuse/erofs"
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
 	"github.com/cfs-fuse/cfs-fuse/fusefs"
 	"github.com/cfs-fuse/cfs-fuse/image"
+	"github.com/cfs-fuse/cfs-fuse/image/tarindex"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
 	"github.com/cfs-fuse/cfs-fuse/metrics"
@@ -88,6 +91,12 @@ type Options struct {
 	Digest image.Digest
 	// NoFill leaves what no program reads in the source.
 	NoFill bool
+	// Index says whether an ordinary layer may be read by an index that another has
+	// made: Never (also when empty), Auto or Require, which refuses to read
+	// such a layer as a whole. AttachedIndex looks for one, and returns nil if
+	// there is none.
+	Index         Policy
+	AttachedIndex func(ctx context.Context, layer ocispec.Descriptor) (*tarindex.Index, error)
 	// InsecureTOC takes layers whose table of contents no manifest vouches
 	// for.
 	InsecureTOC bool

@@ -78,7 +78,20 @@ func (m *Mount) readOrdinary(ctx context.Context, manifest *fetcher.Manifest, or
 				return Work{}, fmt.Errorf("config %s: DiffID of layer %d: %w", manifest.Config.Digest, l.number, err)
 			}
 		}
-		if l.index, l.kind = m.findIndex(l); l.index == nil {
+		l.index, l.kind = m.findIndex(l)
+	}
+	asking, actx := errgroup.WithContext(ctx)
+	asking.SetLimit(tocsAtOnce)
+	for _, l := range ordinary {
+		if l.index == nil {
+			asking.Go(func() error { return m.attachedIndex(actx, l) })
+		}
+	}
+	if err := asking.Wait(); err != nil {
+		return Work{}, err
+	}
+	for _, l := range ordinary {
+		if l.index == nil {
 			todo = append(todo, l)
 		}
 	}
@@ -162,7 +175,11 @@ func (m *Mount) findIndex(l *ordinaryLayer) (*tarindex.Index, string) {
 	if err != nil {
 		return nil, ""
 	}
-	for _, kind := range []string{ownIndex, foreignIndex} {
+	kinds := []string{ownIndex, foreignIndex}
+	if !m.trustsOthers() {
+		kinds = kinds[:1]
+	}
+	for _, kind := range kinds {
 		names, err := filepath.Glob(filepath.Join(m.store.Images(), "*", indexName(d, kind)))
 		if err != nil {
 			return nil, ""
@@ -180,6 +197,9 @@ func (m *Mount) findIndex(l *ordinaryLayer) (*tarindex.Index, string) {
 	}
 	return nil, ""
 }
+
+// trustsOthers reports whether an index that another has made may be used.
+func (m *Mount) trustsOthers() bool { return m.opts.Index == Auto || m.opts.Index == Require }
 
 func readIndex(path string) (*tarindex.Index, error) {
 	f, err := os.Open(path)
@@ -319,37 +339,61 @@ func (f *contentFile) Abort() {
 	}
 }
 
-// layerIndexes are the indexes of an image's layers, opened when they are needed.
+// layerIndexes are the indexes of an image's layers, mapped when the image is
+// loaded, since its folder may be replaced, and opened when they are needed.
 type layerIndexes struct {
-	dir    string
-	layers []image.IndexLayer
-	opened []layerIndex
+	layers  []layerIndex
+	foreign []int // layers whose index another has made, and that were not proven
 }
 
 type layerIndex struct {
+	digest image.Digest
+	mapped []byte // nil: the layer has none
 	once   sync.Once
-	mapped []byte
 	x      *tarindex.Index
 	err    error
 }
 
+// loadIndexes maps the indexes in the folder of an image.
+func loadIndexes(dir string, layers []image.IndexLayer) (*layerIndexes, error) {
+	l := &layerIndexes{layers: make([]layerIndex, len(layers))}
+	for i, layer := range layers {
+		o := &l.layers[i]
+		o.digest = layer.Digest
+		for _, kind := range []string{ownIndex, foreignIndex} {
+			b, err := mapFile(filepath.Join(dir, indexName(layer.Digest, kind)))
+			if errors.Is(err, os.ErrNotExist) {
+				continue
+			}
+			if err != nil {
+				l.close()
+				return nil, err
+			}
+			if o.mapped = b; kind == foreignIndex {
+				l.foreign = append(l.foreign, i)
+			}
+			break
+		}
+		if o.mapped == nil && layer.Compression == toc.GzipIndexed {
+			l.close()
+			return nil, fmt.Errorf("the index of layer %d is missing", i)
+		}
+	}
+	return l, nil
+}
+
+// errNoIndex says that a layer has no index: it has a table of contents.
+var errNoIndex = errors.New("the layer has no index")
+
 // index returns the index of a layer.
 func (l *layerIndexes) index(layer int) (*tarindex.Index, error) {
-	if layer < 0 || layer >= len(l.layers) {
-		return nil, fmt.Errorf("no layer %d", layer)
+	if layer < 0 || layer >= len(l.layers) || l.layers[layer].mapped == nil {
+		return nil, errNoIndex
 	}
-	o := &l.opened[layer]
+	o := &l.layers[layer]
 	o.once.Do(func() {
-		digest := l.layers[layer].Digest
-		for _, kind := range []string{ownIndex, foreignIndex} {
-			if o.mapped, o.err = mapFile(filepath.Join(l.dir, indexName(digest, kind))); o.err == nil {
-				break
-			}
-		}
-		if o.err == nil {
-			if o.x, o.err = tarindex.Open(o.mapped); o.err == nil && o.x.Blob != digest {
-				o.err = fmt.Errorf("index of layer %s: it is that of %s", digest, o.x.Blob)
-			}
+		if o.x, o.err = tarindex.Open(o.mapped); o.err == nil && o.x.Blob != o.digest {
+			o.err = fmt.Errorf("index of layer %s: it is that of %s", o.digest, o.x.Blob)
 		}
 	})
 	return o.x, o.err
@@ -365,22 +409,12 @@ func (l *layerIndexes) checkpoint(layer int, off int64) (*inflate.Checkpoint, in
 }
 
 func (l *layerIndexes) close() {
-	for i := range l.opened {
-		if o := &l.opened[i]; o.mapped != nil {
+	for i := range l.layers {
+		if o := &l.layers[i]; o.mapped != nil {
 			unix.Munmap(o.mapped)
 			o.mapped, o.x = nil, nil
 		}
 	}
-}
-
-// foreign returns the layers whose index is another's, and was not proven.
-func (p *preparedImage) foreign() (all []int) {
-	for i, l := range p.index.Layers() {
-		if _, err := os.Stat(p.path(indexName(l.Digest, foreignIndex))); err == nil {
-			all = append(all, i)
-		}
-	}
-	return all
 }
 
 // errUnproven says that an index that another made does not lead to the layer's
@@ -391,7 +425,7 @@ var errUnproven = errors.New("the index does not lead to the image's layer")
 // now that all its files are there. A nil error promises that the tree and the
 // bytes are the image's.
 func (m *Mount) prove(ctx context.Context) error {
-	foreign := m.image.foreign()
+	foreign := m.image.indexes.foreign
 	if len(foreign) == 0 {
 		return nil
 	}

@@ -217,7 +217,7 @@ func TestForeignIndex(t *testing.T) {
 			if err := os.WriteFile(filepath.Join(elsewhere, indexName(d, foreignIndex)), c.index, 0o600); err != nil {
 				t.Fatal(err)
 			}
-			m, mnt := start(t, source, Options{Root: root, Swap: Never})
+			m, mnt := start(t, source, Options{Root: root, Swap: Never, Index: Auto})
 			err := m.WaitFor(t.Context(), Sealed)
 			if (err == nil) != c.sealed {
 				t.Errorf("sealed: %v", err)

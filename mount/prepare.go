@@ -79,6 +79,9 @@ func (p *preparedImage) close() {
 // and tables of contents and writes the image's folder.
 func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 	digest, known := m.known()
+	if known && !m.trustsOthers() {
+		m.discardForeign(digest)
+	}
 	if known && !m.opts.Refresh && m.remote() {
 		p, err := m.load(digest)
 		if err == nil || errors.Is(err, toc.ErrNoTOCDigest) {
@@ -103,6 +106,9 @@ func (m *Mount) prepare(ctx context.Context) (*preparedImage, error) {
 			}
 		}
 		return nil, err
+	}
+	if !m.trustsOthers() {
+		m.discardForeign(manifest.Digest)
 	}
 	p, err := m.load(manifest.Digest)
 	if errors.Is(err, toc.ErrNoTOCDigest) {
@@ -172,6 +178,18 @@ func (m *Mount) discard(digest image.Digest) error {
 	return nil
 }
 
+// discardForeign removes an image's folder if it was made by an index that another
+// has made and that was never proven: this time such indexes are not trusted.
+func (m *Mount) discardForeign(digest image.Digest) {
+	if names, err := filepath.Glob(filepath.Join(m.imageDir(digest), "*"+foreignIndex)); err != nil || len(names) == 0 {
+		return
+	}
+	m.log.Warn("the store's tree of the image rests on an index that another has made; it is made anew (--index auto keeps it)")
+	if err := m.discard(digest); err != nil {
+		m.log.Warn("the tree is used as it is", "error", err)
+	}
+}
+
 // load opens the folder of an image. It fails with os.ErrNotExist when there
 // is none, and with another error when what is there cannot be used.
 func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
@@ -210,7 +228,10 @@ func (m *Mount) load(digest image.Digest) (*preparedImage, error) {
 		p.close()
 		return nil, fmt.Errorf("%s: %d layers, the manifest has %d", p.path(chunksName), n, len(p.layers))
 	}
-	p.indexes = &layerIndexes{dir: p.dir, layers: p.index.Layers(), opened: make([]layerIndex, len(p.layers))}
+	if p.indexes, err = loadIndexes(p.dir, p.index.Layers()); err != nil {
+		p.close()
+		return nil, damaged(err)
+	}
 	// The image is read when it is served; here only that it can be.
 	r, err := erofs.OpenFile(p.path(lazyName))
 	if err != nil {

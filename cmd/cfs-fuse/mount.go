@@ -62,6 +62,8 @@ type mountFlags struct {
 	options          []string
 	digest, pull     string
 	profile          string
+	index            string
+	indexTrust       []string
 	fill, foreground bool
 	quiet            bool
 	metricsAddr      string
@@ -102,6 +104,8 @@ func (f *mountFlags) define(cmd *cobra.Command) {
 	fl.StringVar(&f.opts.View.Context, "context", "", "SELinux `context` of all files")
 	fl.StringVar(&f.verity, "verity", "try", "`policy` of enforcing fs-verity after the swap: require, try or off")
 	fl.StringVar(&f.digest, "digest", "", "fs-verity `SHA256` digest that the sealed image must have")
+	fl.StringVar(&f.index, "index", "never", "`policy` of reading an ordinary layer by an index that another has made: auto (if one is attached to it), require, or never")
+	defineIndexTrust(cmd, &f.indexTrust)
 	fl.StringVar(&f.profile, "profile", "store", "fetch first what the access profile says: the store's own; auto, if that has none of the image, the one attached to it; or `FILE`")
 	fl.BoolVar(&f.fill, "fill", true, "fetch in the background what nobody has read yet")
 	fl.Var(&f.memory, "fetch-memory", "`size` of what may be in memory of what is being fetched, e.g. 64MiB")
@@ -132,6 +136,7 @@ func (f *mountFlags) check(g *global) error {
 		oneOf("backend", f.backend, "auto", "fuse", "hybrid"),
 		oneOf("swap", f.swap, "auto", "never", "require"),
 		oneOf("verity", f.verity, "require", "try", "off"),
+		oneOf("index", f.index, "auto", "never", "require"),
 		oneOf("pull", f.pull, "missing", "always"))
 	if err != nil {
 		return usageError{err}
@@ -146,7 +151,7 @@ func (f *mountFlags) check(g *global) error {
 		*t = -1 // for ever
 	}
 	f.opts.Share = fetcher.NewShare(int64(f.memory), int64(f.rate))
-	f.opts.Swap, f.opts.Verity = mount.Policy(f.swap), mount.Policy(f.verity)
+	f.opts.Swap, f.opts.Verity, f.opts.Index = mount.Policy(f.swap), mount.Policy(f.verity), mount.Policy(f.index)
 	for _, word := range f.options {
 		attr, ok := mountAttributes[word]
 		if !ok {
@@ -194,6 +199,9 @@ func (f *mountFlags) run(ctx context.Context, g *global, source, mountpoint stri
 		if f.opts.Profile, err = f.startProfile(source); err != nil {
 			return err
 		}
+		attached, done := attachedIndexes(source, f.indexTrust, f.opts.Source)
+		defer done()
+		f.opts.AttachedIndex = attached
 	}
 	ready := readyPipe()
 	if !f.foreground && ready == nil && !before.resumes() {

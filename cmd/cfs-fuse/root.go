@@ -88,6 +88,7 @@ func newRoot(g *global) *cobra.Command {
 		newConvert(g),
 		newRecord(g),
 		newProfile(g),
+		newIndex(g),
 		newCache(g),
 		newErofs(),
 		newExplain(g),
