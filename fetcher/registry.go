@@ -124,6 +124,11 @@ const helperTimeout = 15 * time.Second
 // credentials reads docker's config.json each time it is asked, so that
 // a login while mounted counts. Without user name, the secret is a refresh token.
 func (r *registry) credentials(host string) (user, secret string, err error) {
+	if r.opts.Credentials != nil {
+		if user, secret, ok := r.opts.Credentials(r.ref.String(), host); ok {
+			return user, secret, nil
+		}
+	}
 	store, err := credentials.NewStoreFromDocker(credentials.StoreOptions{})
 	if err != nil {
 		return "", "", fmt.Errorf("docker's config.json: %w", err)

@@ -40,6 +40,11 @@ type Options struct {
 	// have (404) is an error at once.
 	ReadTimeout time.Duration
 
+	// Credentials is asked, if set, before docker's config.json for the user and
+	// password with which a host is to be asked for the source of that String. A
+	// user of "" makes secret a refresh token.
+	Credentials func(source, host string) (user, secret string, ok bool)
+
 	// Metrics counts the requests. Nil: not counted.
 	Metrics *metrics.Metrics
 

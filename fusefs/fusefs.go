@@ -65,6 +65,13 @@ type Options struct {
 	AllowOther bool
 	// Context, if not empty, is the SELinux context of all files; as root only.
 	Context string
+	// Unasked says that this process asks nothing of the mount itself, not even
+	// to learn that it serves. A request of its own that is under way when it is
+	// killed would keep it from ending, and so its successor from beginning: the
+	// kernel waits for the answer to what a server has read, whoever has died
+	// (request_wait_answer in its fs/fuse/dev.c). It must then open no file of the
+	// mount through Go's poller (refusePoll).
+	Unasked bool
 	// Metrics and Logger may be nil.
 	Metrics *metrics.Metrics
 	Logger  *slog.Logger
@@ -216,6 +223,9 @@ func serveDetached(fsys fuse.RawFileSystem, s *session, o *fuse.MountOptions) (*
 		return nil, nil, err
 	}
 	go srv.serve()
+	if s.opts.Unasked {
+		return srv, m, nil
+	}
 	if err := refusePoll(m); err != nil {
 		return nil, nil, srv.abandon(m, err)
 	}

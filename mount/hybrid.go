@@ -224,7 +224,11 @@ func (m *Mount) chooseBackend() (hybrid bool, why string, err error) {
 	if os.Geteuid() != 0 {
 		err = errors.New("it needs root")
 	} else {
-		err = tryHybrid(m.store.Images())
+		try := tryHybrid
+		if m.opts.TryHybrid != nil {
+			try = m.opts.TryHybrid
+		}
+		err = try(m.store.Images())
 	}
 	switch {
 	case err == nil:

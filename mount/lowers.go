@@ -29,6 +29,7 @@ import (
 //	data/    FUSE: every content of the image, for as long as one is not whole
 //	sealed/  EROFS: sealed.erofs, once it is there
 //	tree/    FUSE: the whole tree, where the kernel cannot do with less
+//	mapped-NAME/  one of them, or another folder, with owners mapped (Map)
 //
 // They outlive the process, and so do FUSE sessions if somebody keeps them
 // (Session).
@@ -112,6 +113,10 @@ func (l *Lowers) Run() {
 	l.m.run.Go(func() { l.m.keepProfile(bg) })
 }
 
+// TryHybrid finds out whether this kernel can do what Hybrid needs on the
+// filesystem of the folder dir, by doing it. The error has the kernel's words.
+func TryHybrid(dir string) error { return tryHybrid(dir) }
+
 // Status returns what is known now. Its Mountpoint is the folder.
 func (l *Lowers) Status() Status { return l.m.Status() }
 
@@ -189,6 +194,11 @@ type Stack struct {
 	Data []string `json:"data,omitempty"`
 	// Enforced says that the overlayfs is to have verity=require.
 	Enforced bool `json:"verity,omitempty"`
+	// UID, GID and Mode (permissions) are those of the tree's root, which is not
+	// to be asked of FUSE by its server.
+	UID  uint32 `json:"uid"`
+	GID  uint32 `json:"gid"`
+	Mode uint32 `json:"mode"`
 }
 
 // kernelBackend is the Backend of a Stack without FUSE.
@@ -221,14 +231,14 @@ func (l *Lowers) Best(ctx context.Context) (Stack, error) {
 	if l.m.state() >= Sealed {
 		err := l.mountSealed()
 		if err == nil {
-			return l.stack(kernelBackend), nil
+			return l.stack(kernelBackend)
 		}
 		l.m.log.Warn("the sealed image cannot be mounted by the kernel", "error", err)
 	}
 	if err := l.mountLazy(); err != nil {
 		return Stack{}, err
 	}
-	return l.stack(string(l.backend)), nil
+	return l.stack(string(l.backend))
 }
 
 var errLowersClosed = errors.New("the image is being removed")
@@ -264,14 +274,19 @@ func (l *Lowers) Restore(ctx context.Context, s Stack) error {
 
 func (l *Lowers) path(name string) string { return filepath.Join(l.dir, name) }
 
-func (l *Lowers) stack(backend string) Stack {
+func (l *Lowers) stack(backend string) (Stack, error) {
+	root, err := l.m.reader.Inode(l.m.reader.Root())
+	if err != nil {
+		return Stack{}, fmt.Errorf("image %s: %w", l.m.image.digest, err)
+	}
+	s := Stack{Backend: backend, Tree: l.path(treeFolder), UID: root.UID, GID: root.GID, Mode: root.Mode & 0o7777}
 	switch backend {
 	case kernelBackend:
-		return Stack{Backend: backend, Tree: l.path(sealedFolder), Data: []string{l.m.store.Objects()}, Enforced: l.verity == verityEnforced}
+		s.Tree, s.Data, s.Enforced = l.path(sealedFolder), []string{l.m.store.Objects()}, l.verity == verityEnforced
 	case string(Hybrid):
-		return Stack{Backend: backend, Tree: l.path(lazyFolder), Data: []string{l.m.store.ContentsDir(), l.path(dataFolder)}}
+		s.Tree, s.Data = l.path(lazyFolder), []string{l.m.store.ContentsDir(), l.path(dataFolder)}
 	}
-	return Stack{Backend: backend, Tree: l.path(treeFolder)}
+	return s, nil
 }
 
 // mountLazy makes the mounts of an image that is not sealed. mu is held.
@@ -319,7 +334,7 @@ func (l *Lowers) mountHybrid() error {
 	if err := l.clear(dataFolder); err != nil {
 		return err
 	}
-	srv, f, err := fusefs.ServeObjects(l.lazyContents(), l.m.fuseOptions())
+	srv, f, err := fusefs.ServeObjects(l.lazyContents(), l.fuseOptions())
 	if err != nil {
 		return err
 	}
@@ -345,7 +360,7 @@ func (l *Lowers) mountTree() error {
 	if err := l.clear(treeFolder); err != nil {
 		return err
 	}
-	srv, err := fusefs.Mount(l.path(treeFolder), l.m.reader, l.lazyContents(), l.m.fuseOptions())
+	srv, err := fusefs.Mount(l.path(treeFolder), l.m.reader, l.lazyContents(), l.fuseOptions())
 	if err != nil {
 		return err
 	}
@@ -355,6 +370,12 @@ func (l *Lowers) mountTree() error {
 
 func (l *Lowers) lazyContents() *lazyContents {
 	return &lazyContents{l.m.image.index, l.m.contents, l.m.spare, l.m.fetch, l.m.record, l.m.story}
+}
+
+func (l *Lowers) fuseOptions() fusefs.Options {
+	o := l.m.fuseOptions()
+	o.Unasked = true
+	return o
 }
 
 // serving notes the session that is served now, and waits for its end. mu is
@@ -443,7 +464,11 @@ func (l *Lowers) clear(name string) error {
 	return l.makeFolder(name)
 }
 
+// makeFolder makes the folder name. It does not look at what is mounted there.
 func (l *Lowers) makeFolder(name string) error {
+	if _, err := kmount.At(l.path(name)); err == nil {
+		return nil
+	}
 	if err := os.MkdirAll(l.path(name), 0o755); err != nil {
 		return hint.Wrap(fmt.Errorf("folder of the mounts of image %s: %w", l.m.image.digest, err), "name another folder with --runtime-dir")
 	}
@@ -508,9 +533,9 @@ func (l *Lowers) Resume(state json.RawMessage, files map[string]*os.File) error 
 	}
 	var srv *fusefs.Server
 	if st.Backend == Hybrid {
-		srv, err = fusefs.ResumeObjects(conn, l.lazyContents(), l.m.fuseOptions())
+		srv, err = fusefs.ResumeObjects(conn, l.lazyContents(), l.fuseOptions())
 	} else {
-		srv, err = fusefs.ResumeImage(conn, l.m.reader, l.lazyContents(), l.m.fuseOptions())
+		srv, err = fusefs.ResumeImage(conn, l.m.reader, l.lazyContents(), l.fuseOptions())
 	}
 	if err == nil {
 		err = srv.TakeOver(st.MountID)
@@ -536,7 +561,7 @@ func SessionOver(files map[string]*os.File) bool {
 // more, have left in dir, and dir.
 func DetachLowers(dir string) error {
 	l := &Lowers{m: newMount("", dir, Options{}), dir: dir}
-	for _, name := range []string{sealedFolder, lazyFolder, dataFolder, treeFolder} {
+	for _, name := range l.folders() {
 		l.detach(name)
 		os.Remove(l.path(name))
 	}
@@ -563,7 +588,7 @@ func (l *Lowers) Close(ctx context.Context) error {
 	l.mu.Lock()
 	l.closed = true
 	srv := l.server
-	for _, name := range []string{sealedFolder, lazyFolder, dataFolder, treeFolder} {
+	for _, name := range l.folders() {
 		l.detach(name)
 		os.Remove(l.path(name))
 	}

@@ -73,6 +73,9 @@ type Options struct {
 	Source fetcher.Options
 	// Backend is AutoBackend (also when empty), FUSE or Hybrid.
 	Backend Backend
+	// TryHybrid, if set, finds out in another process what TryHybrid does, for
+	// who must end when it is killed: see fusefs.Options.Unasked.
+	TryHybrid func(dir string) error
 	// Attributes restrict what programs may do with the mount, before the swap
 	// and after it: MOUNT_ATTR_NOSUID, MOUNT_ATTR_NODEV and MOUNT_ATTR_NOEXEC,
 	// or'ed. AllowOther lets other users in without root; with root they are.

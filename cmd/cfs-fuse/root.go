@@ -78,6 +78,7 @@ func newRoot(g *global) *cobra.Command {
 		newMount(g),
 		newSnapshotter(g),
 		newNodeHolder(g),
+		newTryHybrid(),
 		newUmount(g),
 		newStatus(g),
 		newWait(g),

@@ -6,7 +6,10 @@ import (
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
+	"strings"
+	"sync"
 	"time"
 
 	snapshotsapi "github.com/containerd/containerd/api/services/snapshots/v1"
@@ -17,11 +20,14 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/credentials/insecure"
 
 	"github.com/cfs-fuse/cfs-fuse/fetcher"
+	"github.com/cfs-fuse/cfs-fuse/internal/criauth"
 	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/internal/keeper"
 	"github.com/cfs-fuse/cfs-fuse/metrics"
+	"github.com/cfs-fuse/cfs-fuse/mount"
 	"github.com/cfs-fuse/cfs-fuse/snapshotter"
 )
 
@@ -58,6 +64,7 @@ const nodeHolderName = "hold-snapshotter"
 type snapshotterFlags struct {
 	mountFlags
 	address  string
+	cri      string
 	remapIDs bool
 }
 
@@ -87,6 +94,7 @@ func newSnapshotter(g *global) *cobra.Command {
 	fl.StringVar(&f.metricsAddr, "metrics", "", "serve Prometheus metrics at `address`/metrics, e.g. 127.0.0.1:9100")
 	fl.BoolVar(&f.opts.InsecureTOC, "insecure-toc", false, "take layers whose table of contents the manifest does not vouch for")
 	fl.BoolVar(&f.remapIDs, "remap-ids", false, "have containerd map IDs of user namespaces when it mounts, not change every file's owner (its proxy plugin needs capabilities = [\"remap-ids\"])")
+	fl.StringVar(&f.cri, "cri", "", "pass kubelet's image requests on to containerd's socket at `path`, and fetch with the credentials of its pulls")
 	addBudget(cmd, &f.opts.Budget)
 	return cmd
 }
@@ -100,6 +108,18 @@ func (f *snapshotterFlags) run(ctx context.Context, g *global) error {
 	}
 	if f.address == "" {
 		f.address = filepath.Join(f.opts.Runtime, "snapshotter.sock")
+	}
+	f.opts.TryHybrid = tryHybridOnce()
+	var options []grpc.ServerOption
+	if f.cri != "" {
+		to, err := grpc.NewClient("unix://"+f.cri, grpc.WithTransportCredentials(insecure.NewCredentials()))
+		if err != nil {
+			return hint.Wrap(fmt.Errorf("--cri %s: %w", f.cri, err), "name containerd's socket, as /run/containerd/containerd.sock")
+		}
+		defer to.Close()
+		keys := &criauth.Keyring{}
+		f.opts.Source.Credentials = keys.Credentials
+		options = criauth.NewProxy(to, keys).Options()
 	}
 	k, err := findNodeKeeper(f.opts.Logger)
 	if err != nil {
@@ -130,15 +150,14 @@ func (f *snapshotterFlags) run(ctx context.Context, g *global) error {
 		}
 		defer endpoint.Close()
 	}
-	err = serveSnapshots(ctx, s, l, k)
+	err = serveSnapshots(ctx, s, l, k, grpc.NewServer(options...))
 	err = errors.Join(err, s.Close())
 	k.over()
 	return err
 }
 
 // serveSnapshots answers containerd until ctx ends.
-func serveSnapshots(ctx context.Context, s *snapshotter.Snapshotter, l net.Listener, k *nodeKeeper) error {
-	server := grpc.NewServer()
+func serveSnapshots(ctx context.Context, s *snapshotter.Snapshotter, l net.Listener, k *nodeKeeper, server *grpc.Server) error {
 	snapshotsapi.RegisterSnapshotsServer(server, snapshotservice.FromSnapshotter(s))
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
@@ -186,6 +205,42 @@ func newNodeHolder(g *global) *cobra.Command {
 			}
 			return keeper.Hold(log.With("snapshotter", args[0]), func(map[string]*os.File) bool { return false })
 		},
+	}
+}
+
+// The hidden command that tries the hybrid backend for the snapshotter.
+const tryHybridName = "try-hybrid"
+
+// newTryHybrid is that command. A trial asks a FUSE mount of its own process:
+// killed meanwhile, that one would not end, and neither would the snapshotter.
+func newTryHybrid() *cobra.Command {
+	return &cobra.Command{
+		Use:    tryHybridName + " FOLDER",
+		Hidden: true,
+		Args:   exactArgs("FOLDER"),
+		RunE:   func(_ *cobra.Command, args []string) error { return mount.TryHybrid(args[0]) },
+	}
+}
+
+// tryTime is how long a trial may take.
+const tryTime = 30 * time.Second
+
+// tryHybridOnce starts that command at the first call, and tells each what
+// came of it: the store is one.
+func tryHybridOnce() func(dir string) error {
+	var once sync.Once
+	var failed error
+	return func(dir string) error {
+		once.Do(func() {
+			ctx, cancel := context.WithTimeout(context.Background(), tryTime)
+			defer cancel()
+			cmd := exec.CommandContext(ctx, "/proc/self/exe", tryHybridName, dir)
+			cmd.WaitDelay = time.Second
+			if out, err := cmd.CombinedOutput(); err != nil {
+				failed = fmt.Errorf("%s (%w)", oneLine(strings.TrimPrefix(string(out), "cfs-fuse: ")), err)
+			}
+		})
+		return failed
 	}
 }
 
