@@ -2,6 +2,8 @@ package snapshotter
 
 import (
 	"context"
+	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"os"
@@ -11,6 +13,7 @@ import (
 	containerdmount "github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/snapshots"
 	"github.com/containerd/containerd/v2/core/snapshots/storage"
+	"golang.org/x/sys/unix"
 
 	"github.com/cfs-fuse/cfs-fuse/mount"
 )
@@ -23,6 +26,55 @@ type choice struct {
 	// Above are the ordinary snapshots, by their numbers, between the snapshot and
 	// the image, the topmost first.
 	Above []string `json:"above,omitempty"`
+	// Mapped, if not nil, says that owners are mapped, since containerd cannot do
+	// that for data-only lowers.
+	Mapped *mapping `json:"mapped,omitempty"`
+}
+
+// A mapping is of user and group IDs, as containerd's labels have it.
+type mapping struct {
+	UIDs string `json:"uids"`
+	GIDs string `json:"gids"`
+	// Lowers are the folders of Above, the topmost first, and of the image's tree,
+	// as they are seen mapped.
+	Lowers []string `json:"lowers"`
+}
+
+// mappingOf returns the mapping that the labels of a snapshot want, nil if none.
+func (s *Snapshotter) mappingOf(labels map[string]string) *mapping {
+	m := &mapping{UIDs: labels[snapshots.LabelSnapshotUIDMapping], GIDs: labels[snapshots.LabelSnapshotGIDMapping]}
+	if !s.opts.RemapIDs || m.UIDs == "" || m.GIDs == "" {
+		return nil
+	}
+	return m
+}
+
+// apply makes the mapped mounts of a choice, if it wants any.
+func (m *mapping) apply(s *Snapshotter, c *choice, tree *mount.Lowers) error {
+	if m == nil {
+		return nil
+	}
+	userns, err := containerdmount.GetUsernsFD(m.UIDs, m.GIDs)
+	if err != nil {
+		return fmt.Errorf("user namespace of the mapping %s and %s: %w", m.UIDs, m.GIDs, err)
+	}
+	defer userns.Close()
+	sum := sha256.Sum256([]byte(m.UIDs + " " + m.GIDs))
+	name := hex.EncodeToString(sum[:6])
+	var lowers []string
+	for _, id := range c.Above {
+		at, err := tree.Map(s.upper(id), name+"-"+id, userns)
+		if err != nil {
+			return err
+		}
+		lowers = append(lowers, at)
+	}
+	at, err := tree.Map(c.Stack.Tree, name+"-"+c.Stack.Backend, userns)
+	if err != nil {
+		return err
+	}
+	m.Lowers = append(lowers, at)
+	return nil
 }
 
 // choice returns what was stored with a snapshot, nil if nothing.
@@ -40,7 +92,7 @@ func (s *Snapshotter) choice(id string) (*choice, error) {
 
 // choose finds the first remote ancestor of a new snapshot, and takes the best
 // that there is of its tree now. It returns nil if there is none.
-func (s *Snapshotter) choose(ctx context.Context, parent string) (*choice, error) {
+func (s *Snapshotter) choose(ctx context.Context, parent string, labels map[string]string) (*choice, error) {
 	var above []string
 	remote := ""
 	err := s.meta.WithTransaction(ctx, false, func(ctx context.Context) error {
@@ -73,6 +125,11 @@ func (s *Snapshotter) choose(ctx context.Context, parent string) (*choice, error
 	if c.Stack, err = tree.Best(ctx); err != nil {
 		return nil, fmt.Errorf("image %s: %w", c.Origin.Reference, err)
 	}
+	if c.Mapped = s.mappingOf(labels); c.Mapped != nil {
+		if err := c.Mapped.apply(s, c, tree); err != nil {
+			return nil, fmt.Errorf("image %s: %w", c.Origin.Reference, err)
+		}
+	}
 	return c, s.keepSessions()
 }
 
@@ -81,7 +138,9 @@ func (s *Snapshotter) restore(ctx context.Context, c *choice) error {
 	tree, done, err := s.trees.open(ctx, c.Origin)
 	if err == nil {
 		defer done()
-		err = tree.Restore(ctx, c.Stack)
+		if err = tree.Restore(ctx, c.Stack); err == nil {
+			err = c.Mapped.apply(s, c, tree)
+		}
 	}
 	if err != nil {
 		return fmt.Errorf("image %s: %w", c.Origin.Reference, err)
@@ -92,7 +151,7 @@ func (s *Snapshotter) restore(ctx context.Context, c *choice) error {
 // mounts are what containerd has to mount for a snapshot.
 func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choice) []containerdmount.Mount {
 	var options []string
-	if s.opts.RemapIDs {
+	if s.opts.RemapIDs && (c == nil || c.Mapped == nil) {
 		if v, ok := info.Labels[snapshots.LabelSnapshotUIDMapping]; ok {
 			options = append(options, "uidmap="+v)
 		}
@@ -120,11 +179,19 @@ func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choi
 	if c != nil {
 		ids = c.Above
 	}
-	for _, id := range ids {
-		lowers = append(lowers, s.upper(id))
+	for i, id := range ids {
+		dir := s.upper(id)
+		if c != nil && c.Mapped != nil {
+			dir = c.Mapped.Lowers[i]
+		}
+		lowers = append(lowers, dir)
 	}
 	if c != nil {
-		lowers = append(lowers, c.Stack.Lowerdir())
+		stack := c.Stack
+		if c.Mapped != nil {
+			stack.Tree = c.Mapped.Lowers[len(c.Above)]
+		}
+		lowers = append(lowers, stack.Lowerdir())
 	}
 	options = append(options, "lowerdir="+strings.Join(lowers, ":"))
 	options = append(options, s.overlay...)
@@ -187,15 +254,13 @@ func (s *Snapshotter) ownUpper(dir string, snap storage.Snapshot, info snapshots
 		}
 		return os.Lchown(dir, uid, gid)
 	}
-	below := ""
-	switch {
-	case c != nil && len(c.Above) == 0:
-		below = c.Stack.Tree
-	case len(snap.ParentIDs) > 0:
-		below = s.upper(snap.ParentIDs[0])
-	default:
+	if c != nil && len(c.Above) == 0 {
+		return own(dir, c.Stack.Mode, int(c.Stack.UID), int(c.Stack.GID))
+	}
+	if len(snap.ParentIDs) == 0 {
 		return nil
 	}
+	below := s.upper(snap.ParentIDs[0])
 	fi, err := os.Stat(below)
 	if err != nil {
 		return fmt.Errorf("root of the parent: %w", err)
@@ -204,8 +269,17 @@ func (s *Snapshotter) ownUpper(dir string, snap storage.Snapshot, info snapshots
 	if !ok {
 		return fmt.Errorf("root of the parent %s: no owner", below)
 	}
-	if err := os.Chmod(dir, fi.Mode()&(os.ModePerm|os.ModeSetuid|os.ModeSetgid|os.ModeSticky)); err != nil {
+	return own(dir, st.Mode, int(st.Uid), int(st.Gid))
+}
+
+// own gives a folder the permissions, S_ISUID, S_ISGID and S_ISVTX among them,
+// and the owner of another.
+func own(dir string, mode uint32, uid, gid int) error {
+	if err := os.Lchown(dir, uid, gid); err != nil {
 		return err
 	}
-	return os.Lchown(dir, int(st.Uid), int(st.Gid))
+	if err := unix.Chmod(dir, mode&0o7777); err != nil {
+		return fmt.Errorf("chmod %s: %w", dir, err)
+	}
+	return nil
 }

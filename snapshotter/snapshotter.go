@@ -254,13 +254,11 @@ func (s *Snapshotter) Mounts(ctx context.Context, key string) ([]containerdmount
 // that can be served, it makes the remote snapshot of that layer and fails with
 // errdefs.ErrAlreadyExists.
 func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]containerdmount.Mount, error) {
-	var base snapshots.Info
-	for _, o := range opts {
-		if err := o(&base); err != nil {
-			return nil, err
-		}
+	labels, err := labelsOf(opts)
+	if err != nil {
+		return nil, err
 	}
-	if w := wantedOf(base.Labels); w != nil {
+	if w := wantedOf(labels); w != nil {
 		done, err := s.prepareRemote(ctx, w, key, parent, opts)
 		if err != nil {
 			return nil, err
@@ -272,6 +270,16 @@ func (s *Snapshotter) Prepare(ctx context.Context, key, parent string, opts ...s
 	return s.create(ctx, snapshots.KindActive, key, parent, opts)
 }
 
+func labelsOf(opts []snapshots.Opt) (map[string]string, error) {
+	var base snapshots.Info
+	for _, o := range opts {
+		if err := o(&base); err != nil {
+			return nil, err
+		}
+	}
+	return base.Labels, nil
+}
+
 // View makes a read-only snapshot.
 func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snapshots.Opt) ([]containerdmount.Mount, error) {
 	return s.create(ctx, snapshots.KindView, key, parent, opts)
@@ -279,7 +287,11 @@ func (s *Snapshotter) View(ctx context.Context, key, parent string, opts ...snap
 
 // create makes an active snapshot or a view.
 func (s *Snapshotter) create(ctx context.Context, kind snapshots.Kind, key, parent string, opts []snapshots.Opt) ([]containerdmount.Mount, error) {
-	c, err := s.choose(ctx, parent)
+	labels, err := labelsOf(opts)
+	if err != nil {
+		return nil, err
+	}
+	c, err := s.choose(ctx, parent, labels)
 	if err != nil {
 		return nil, err
 	}
