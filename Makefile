@@ -124,14 +124,14 @@ unit:
 ## race    unit tests with the race detector
 .PHONY: race
 race:
-	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/store' -e '/e2e/truth' -e '/e2e/vm' -e '/e2e/containerd')
+	$(GO) test -race -timeout 15m $$($(GO) list ./... | grep -v -e '/e2e$$' -e '/e2e/store' -e '/e2e/truth' -e '/e2e/vm' -e '/e2e/containerd' -e '/e2e/deploy')
 
 ## e2e     the binary against real registries, images and mounts (root)
 .PHONY: e2e
 e2e: build
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -p 1 -timeout 20m -count 1 ./e2e ./e2e/store
 	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 10m -count 1 -short ./e2e/truth
-	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -timeout 15m -count 1 ./e2e/containerd
+	CFS_FUSE_BIN=$(CURDIR)/$(BIN) $(GO) test -p 1 -timeout 15m -count 1 ./e2e/containerd ./e2e/deploy
 
 ## truth   what is shown against what umoci and overlayfs show, large images too (6 minutes); writes docs/truth.md (root)
 .PHONY: truth

@@ -24,6 +24,8 @@ import (
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/pkg/snapshotters"
 	"golang.org/x/sys/unix"
+
+	"github.com/cfs-fuse/cfs-fuse/e2e/images"
 )
 
 const isolatedEnv = "CFS_FUSE_CONTAINERD_ISOLATED"
@@ -63,38 +65,11 @@ func Build(ctx context.Context, cache string, progress io.Writer) (string, error
 		return "", fmt.Errorf("build containerd: which version: %w", err)
 	}
 	version := strings.TrimSpace(string(out))
-	dir := filepath.Join(cache, "containerd-"+version)
-	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return "", err
+	var commands []string
+	for _, c := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
+		commands = append(commands, "github.com/containerd/containerd/v2/cmd/"+c+"@"+version)
 	}
-	lock, err := os.Create(dir + ".lock")
-	if err != nil {
-		return "", err
-	}
-	defer lock.Close()
-	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX); err != nil {
-		return "", fmt.Errorf("build containerd: lock: %w", err)
-	}
-	if _, err := os.Stat(dir); err == nil {
-		return dir, nil
-	}
-	fmt.Fprintf(progress, "building containerd %s (once, some minutes)\n", version)
-	tmp, err := os.MkdirTemp(cache, "containerd-*")
-	if err != nil {
-		return "", err
-	}
-	defer os.RemoveAll(tmp)
-	args := []string{"install", "-trimpath", "-ldflags", "-s -w", "-tags", "no_btrfs no_zfs no_devmapper"}
-	for _, command := range []string{"containerd", "ctr", "containerd-shim-runc-v2"} {
-		args = append(args, "github.com/containerd/containerd/v2/cmd/"+command+"@"+version)
-	}
-	cmd := exec.CommandContext(ctx, "go", args...)
-	cmd.Dir = tmp
-	cmd.Env = append(os.Environ(), "GOBIN="+tmp, "CGO_ENABLED=0", "GOFLAGS=-mod=mod")
-	if out, err := cmd.CombinedOutput(); err != nil {
-		return "", fmt.Errorf("build containerd %s: %w\n%s", version, err, out)
-	}
-	return dir, os.Rename(tmp, dir)
+	return images.GoInstall(ctx, cache, "containerd-"+version, progress, []string{"-tags", "no_btrfs no_zfs no_devmapper"}, commands...)
 }
 
 // Options say what runs on a Node.

@@ -27,7 +27,7 @@ func TestKillSoak(t *testing.T) {
 			t.Fatalf("%s: %v", soakEnv, err)
 		}
 		// So slow that reading lasts as long as the kills.
-		each, rate, folders = 4, "3MB", "/"
+		each, rate, folders = 4, "8MB", "/"
 	}
 	r := startRegistry(t)
 	dir, err := os.MkdirTemp(runDir, "s")
