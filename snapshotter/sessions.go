@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strconv"
 	"sync"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -49,10 +50,36 @@ func (s *Snapshotter) keepSessions() error {
 	r := &s.register
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	var all []keptSession
-	files := map[string]*os.File{}
+	for tries := 1; ; tries++ {
+		all, files := r.list(s.trees.opened())
+		state, err := json.Marshal(all)
+		if err != nil || string(state) == r.last {
+			return err
+		}
+		if err = s.opts.Keeper.Keep(state, files); err == nil {
+			r.last = string(state)
+			return nil
+		}
+		// A session that ends meanwhile closes its files, and is on no list a
+		// moment later.
+		if tries == keepTries {
+			return fmt.Errorf("keep the sessions of %d images: %w", len(all), err)
+		}
+		time.Sleep(keepPause)
+	}
+}
+
+// How often, and with what pauses, sessions are given to a keeper that refuses
+// them.
+const (
+	keepTries = 20
+	keepPause = 5 * time.Millisecond
+)
+
+// list returns what is to be kept of the sessions of some trees. mu is held.
+func (r *register) list(opened map[string]*mount.Lowers) (all []keptSession, files map[string]*os.File) {
+	files = map[string]*os.File{}
 	numbers := map[*os.File]int{}
-	opened := s.trees.opened()
 	for _, key := range slices.Sorted(maps.Keys(opened)) {
 		state, some, ok := opened[key].Session()
 		if !ok {
@@ -72,15 +99,7 @@ func (s *Snapshotter) keepSessions() error {
 		all = append(all, k)
 	}
 	r.numbers = numbers
-	state, err := json.Marshal(all)
-	if err != nil || string(state) == r.last {
-		return err
-	}
-	if err := s.opts.Keeper.Keep(state, files); err != nil {
-		return fmt.Errorf("keep the sessions of %d images: %w", len(all), err)
-	}
-	r.last = string(state)
-	return nil
+	return all, files
 }
 
 // resume goes on with the sessions of the process before, and returns when all

@@ -291,7 +291,7 @@ func testRemoved(t *testing.T, n *Node) {
 		return err == nil && len(strings.Fields(out)) == 3
 	})
 	eventually(t, time.Minute, "mounts are gone", func() bool { return len(mountsBelow(t, "/run")) == 0 })
-	for _, dir := range []string{filepath.Join(n.Runtime(), "images"), filepath.Join(n.Root(), "snapshotter", "snapshots"), filepath.Join(n.Root(), "staging")} {
+	for _, dir := range []string{filepath.Join(n.Runtime(), "images"), filepath.Join(n.Root(), "snapshotter", "snapshots")} {
 		eventually(t, time.Minute, dir+" is empty", func() bool {
 			left, err := os.ReadDir(dir)
 			return err == nil && len(left) == 0
@@ -306,6 +306,9 @@ func testRemoved(t *testing.T, n *Node) {
 		t.Logf("cache gc: %v: %s", err, out)
 		return err == nil
 	})
+	if left, err := os.ReadDir(filepath.Join(n.Root(), "staging")); err != nil || len(left) != 0 {
+		t.Errorf("staging files: %v, %v", left, err)
+	}
 	// What a process that was killed had begun has a dot in front, and goes at
 	// the next start of the machine.
 	if left, err := filepath.Glob(filepath.Join(n.Root(), "images", "[^.]*")); err != nil || len(left) != 0 {
