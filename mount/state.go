@@ -69,6 +69,11 @@ type Status struct {
 	// hexadecimal, once there is one.
 	ComposefsDigest   string  `json:"composefs_digest,omitempty"`
 	OldestWaitSeconds float64 `json:"oldest_wait_seconds"` // of a read that waits
+	// Reads of this process: those that wait now, those that found their bytes
+	// in the store, and those that have waited for the source.
+	ReadsWaiting int   `json:"reads_waiting"`
+	ReadsLocal   int64 `json:"reads_local"`
+	ReadsWaited  int64 `json:"reads_waited"`
 	// IDMap, Upper, Work and Context are as View has them, if set.
 	IDMap   string `json:"idmap,omitempty"`
 	Upper   string `json:"upperdir,omitempty"`
@@ -125,6 +130,8 @@ func (m *Mount) Status() Status {
 			}
 		}
 		s.OldestWaitSeconds = m.fetch.OldestWait().Seconds()
+		s.ReadsWaiting = m.fetch.Waiting()
+		s.ReadsLocal, s.ReadsWaited = m.story.reads()
 		s.StoreNote = m.spare.note()
 	}
 	return s

@@ -111,6 +111,7 @@ type story struct {
 
 	local      atomic.Int64 // reads that did not wait
 	localNanos atomic.Int64 // and their time
+	waits      atomic.Int64 // reads that did
 
 	mu     sync.Mutex
 	s      Story
@@ -218,6 +219,7 @@ func (t *story) waited(x *image.Index) func(fetcher.Waited) {
 		return nil
 	}
 	return func(w fetcher.Waited) {
+		t.waits.Add(1)
 		r := ReadWait{
 			Content: x.Content(w.Content).Digest.String(), Off: w.Off, N: w.N, At: w.Since.Sub(t.began).Seconds(), Seconds: w.Total.Seconds(),
 			Queue: w.Queue.Seconds(), Network: w.Network.Seconds(), Store: w.Store.Seconds(), Bytes: w.Bytes,
@@ -261,6 +263,15 @@ func (t *story) answered(d time.Duration) {
 		t.local.Add(1)
 		t.localNanos.Add(int64(d))
 	}
+}
+
+// reads counts the reads of this process: those that did not wait, and those
+// that did.
+func (t *story) reads() (local, waited int64) {
+	if t == nil {
+		return 0, 0
+	}
+	return t.local.Load(), t.waits.Load()
 }
 
 // tell returns the story so far.

@@ -94,6 +94,7 @@ func newRoot(g *global) *cobra.Command {
 		newErofs(),
 		newExplain(g),
 		newReport(g),
+		newTop(g),
 		newInspect(g),
 		newLs(g),
 		newTree(g),
