@@ -195,3 +195,30 @@ func TestReadme(t *testing.T) {
 		t.Errorf("left: %+v", left)
 	}
 }
+
+// doctor finds nothing missing where the other tests work, asks the registry
+// what it does, and says so by its exit code when something is missing.
+func TestDoctor(t *testing.T) {
+	b := newBench(t)
+	source := "docker://" + registry.Addr + "/" + images.Small + ":" + images.EStargz
+	args := []string{"doctor", "--root", b.root, "--plain-http", "--containerd", filepath.Join(b.dir, "none"), "--snapshotter", filepath.Join(b.dir, "none"), "--json"}
+	out := b.must(append(args, source)...)
+	var all []struct{ Group, Name, State, Detail, Cost, Advice string }
+	if err := json.Unmarshal([]byte(out), &all); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	state := map[string]string{}
+	for _, f := range all {
+		state[f.Name] = f.State
+	}
+	for _, name := range []string{"fuse", "hybrid backend", "swap", "space", "eviction", "sockets", "containerd", "image", "ranges", "latency", "bandwidth", "token"} {
+		if state[name] != "ok" {
+			t.Errorf("%s is %q: %s", name, state[name], out)
+		}
+	}
+	if left := mountOn(t, b.dir); len(left) > 0 {
+		t.Errorf("left behind: %+v", left)
+	}
+	b.refused(1, []string{"1 of", "missing"}, append(args, "docker://"+registry.Addr+"/none:1")...)
+	b.refused(1, []string{"bad component"}, append(args, "docker://"+registry.Addr+"/NONE")...)
+}

@@ -107,6 +107,7 @@ func newRoot(g *global) *cobra.Command {
 		newLayers(g),
 		newExporter(g),
 		newVersion(),
+		newDoctor(g),
 	)
 	for _, more := range extra {
 		root.AddCommand(more())
