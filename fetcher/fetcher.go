@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"log/slog"
 	"slices"
+	"sort"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -158,18 +159,17 @@ func New(x *image.Index, blobs []Blob, sink Sink, o FetchOptions) *Fetcher {
 	f.ctx, f.cancel = context.WithCancelCause(context.Background())
 	f.calmer = time.AfterFunc(time.Hour, f.calmDown)
 	f.calmer.Stop()
+	// Chunks are in the order of layers, those of zeros last: of a million few are
+	// looked at, and few pages of the index are read to mount.
+	from := func(layer int) int {
+		return sort.Search(x.Chunks(), func(j int) bool { c := x.Chunk(j); return c.Zero || c.Layer >= layer })
+	}
+	f.zeros = from(len(f.layers))
 	f.bounds = make([]layerBounds, len(f.layers))
-	for j, layer := 0, -1; j < x.Chunks(); j++ {
-		c := x.Chunk(j)
-		if c.Zero {
-			break
+	for layer := range f.bounds {
+		if first, end := from(layer), from(layer+1); first < end {
+			f.bounds[layer] = layerBounds{first, end}
 		}
-		if c.Layer != layer {
-			layer = c.Layer
-			f.bounds[layer].first = j
-		}
-		f.zeros = j + 1
-		f.bounds[layer].end = j + 1
 	}
 	return f
 }
