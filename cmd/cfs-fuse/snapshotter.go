@@ -78,8 +78,15 @@ func newSnapshotter(g *global) *cobra.Command {
 		Args:    exactArgs(),
 		RunE:    func(cmd *cobra.Command, _ []string) error { return f.run(cmd.Context(), g) },
 	}
+	f.define(cmd)
+	return cmd
+}
+
+// define gives the command its flags, and f their defaults; those of mount that
+// it does not have get values that change nothing.
+func (f *snapshotterFlags) define(cmd *cobra.Command) {
 	f.memory = fetcher.DefaultMemory
-	f.swap, f.pull = "auto", "missing"
+	f.swap, f.index, f.pull = "auto", "never", "missing"
 	fl := cmd.Flags()
 	fl.StringVar(&f.address, "address", "", "`path` of the socket for containerd (default snapshotter.sock in the runtime folder)")
 	fl.StringVar(&f.opts.Root, "root", defaultRoot(), "`folder` of the store, and of snapshots")
@@ -96,7 +103,6 @@ func newSnapshotter(g *global) *cobra.Command {
 	fl.BoolVar(&f.remapIDs, "remap-ids", false, "have containerd map IDs of user namespaces when it mounts, not change every file's owner (its proxy plugin needs capabilities = [\"remap-ids\"])")
 	fl.StringVar(&f.cri, "cri", "", "pass kubelet's image requests on to containerd's socket at `path`, and fetch with the credentials of its pulls")
 	addBudget(cmd, &f.opts.Budget)
-	return cmd
 }
 
 func (f *snapshotterFlags) run(ctx context.Context, g *global) error {

@@ -332,7 +332,7 @@ func (r *Registry) serve(w http.ResponseWriter, req *http.Request) {
 		return
 	}
 	rest, ok := strings.CutPrefix(path, "/v2/")
-	if !ok || req.Method != http.MethodGet {
+	if !ok || req.Method != http.MethodGet && req.Method != http.MethodHead {
 		http.NotFound(w, req)
 		return
 	}
@@ -390,6 +390,10 @@ func (r *Registry) serveManifest(w http.ResponseWriter, req *http.Request, q Req
 	}
 	w.Header().Set("Content-Type", m.mediaType)
 	w.Header().Set("Docker-Content-Digest", digest.FromBytes(m.raw).String())
+	if req.Method == http.MethodHead { // as containerd resolves a tag
+		w.Header().Set("Content-Length", strconv.Itoa(len(m.raw)))
+		return
+	}
 	r.send(w, req, f, http.StatusOK, content{bytes.NewReader(m.raw), int64(len(m.raw))}, 0, int64(len(m.raw)))
 }
 
