@@ -56,7 +56,6 @@ type scratch struct {
 	wide bool // allow zstd every window, whatever the first frame says
 
 	checkpoint func(layer int, off int64) (*inflate.Checkpoint, int64, error)
-	resumed    *inflate.Reader
 }
 
 // scratch returns one for f, which keep ends.
@@ -148,10 +147,10 @@ func (s *scratch) decompress(c toc.Compression, layer int, off int64, class int,
 		if err != nil {
 			return nil, done, err
 		}
-		if s.resumed == nil {
-			s.resumed = inflate.NewReader(nil, inflate.Options{})
+		if s.gzip == nil {
+			s.gzip = inflate.NewReader(nil, inflate.Options{})
 		}
-		return s.resumed, done, s.resumed.ResetAt(r, point, size)
+		return s.gzip, done, s.gzip.ResetAt(r, point, size)
 	}
 	return nil, done, errors.New(c.String())
 }

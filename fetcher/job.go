@@ -421,12 +421,15 @@ func (f *Fetcher) yields(j *job) bool {
 	return false
 }
 
+const muchTime = 2500 * time.Microsecond // of the link
+
 // receives reports whether a body with so much left comes in that goes before
 // j's that sharing the link with j would make it late: what somebody waits for,
-// or, before fill, what is near that. A few kilobytes are there before j has
-// paused, and their round trip is j's to use. f.mu is held.
+// or, before fill, what is near that. A few milliseconds' worth is there before
+// j has paused, and its round trip is j's to use. f.mu is held.
 func (f *Fetcher) receives(j *job) bool {
-	much := f.link.ahead() / 8
+	_, rate := f.link.estimate()
+	much := int64(rate * muchTime.Seconds())
 	return slices.ContainsFunc(f.jobs, func(o *job) bool {
 		first := o.tally == f.demand || len(o.waits) > 0 || (o.urgent || o.near) && (j == nil || !j.near)
 		return first && o != j && o.started && o.limit-o.pos.Load() > much

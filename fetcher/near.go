@@ -15,6 +15,9 @@ const (
 	// nearStreams is how many of the ranges are under way at once: of one miss
 	// mostly what is behind it and what is in front.
 	nearStreams = 2
+	// nearReach is how much to either side goes first, in bytes of the blob, even
+	// if a round trip is worth less.
+	nearReach = 512 << 10
 )
 
 // A neighbourhood is what fill goes to before all else that it would bring in
@@ -53,7 +56,7 @@ func (f *Fetcher) smallest() int64 { return smallAhead * f.link.ahead() }
 // as a round trip is worth to either side. The nearest behind it is the last.
 // f.mu is held.
 func (f *Fetcher) around(sp span) []span {
-	most, small := f.link.ahead(), f.smallest()
+	most, small := max(f.link.ahead(), nearReach), f.smallest()
 	gap := most / int64(f.opts.Streams)
 	b := f.bounds[f.x.Chunk(sp.first).Layer]
 	wanted := func(s span) bool {
