@@ -413,13 +413,30 @@ func (f *Fetcher) yields(j *job) bool {
 	if j != nil && j.near {
 		return false
 	}
+	free := 1
+	if latency, _ := f.link.estimate(); latency < fastLatency {
+		free = fastStreams
+	}
 	for _, o := range f.jobs {
-		if o.tally != f.demand && !o.urgent && !o.near {
-			return o != j
+		if o.tally == f.demand || o.urgent || o.near {
+			continue
+		}
+		if o == j {
+			return false
+		}
+		if free--; free == 0 {
+			return true
 		}
 	}
 	return false
 }
+
+// Of a source that answers within fastLatency, processors are what work waits
+// for, and fastStreams streams go on while somebody waits.
+const (
+	fastLatency = 3 * time.Millisecond
+	fastStreams = 2
+)
 
 const muchTime = 2500 * time.Microsecond // of the link
 
