@@ -77,7 +77,7 @@ func TestNeighbourhood(t *testing.T) {
 }
 
 // The ranges around a file leave out large files, what is local and what is on
-// its way, and reach as far as a round trip is worth.
+// its way, and reach as far as nearReach where a round trip is worth less.
 func TestAround(t *testing.T) {
 	m := build(t, spread(200, 10_000))
 	sink := newSink(m.x)
@@ -95,10 +95,10 @@ func TestAround(t *testing.T) {
 		t.Fatalf("around: %+v, want a range to either side", got)
 	}
 	front, behind := got[0], got[1]
-	if behind.first != 102 || behind.end < 108 || behind.end > 113 {
-		t.Errorf("behind: chunks %d to %d, want those from 102 on, ten or so", behind.first, behind.end)
+	if behind.first != 102 || behind.end < 145 || behind.end > 155 {
+		t.Errorf("behind: chunks %d to %d, want those from 102 on, fifty or so", behind.first, behind.end)
 	}
-	if front.end != 99 || front.first < 87 || front.first > 93 {
-		t.Errorf("in front: chunks %d to %d, want those up to 98, ten or so", front.first, front.end)
+	if front.end != 99 || front.first < 45 || front.first > 55 {
+		t.Errorf("in front: chunks %d to %d, want those up to 98, fifty or so", front.first, front.end)
 	}
 }
