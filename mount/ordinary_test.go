@@ -17,6 +17,7 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/tarindex"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
+	"github.com/cfs-fuse/cfs-fuse/image/zstdchunked"
 	"github.com/cfs-fuse/cfs-fuse/internal/imagetest"
 	"github.com/cfs-fuse/cfs-fuse/internal/registrytest"
 )
@@ -253,4 +254,36 @@ func lyingIndex(t *testing.T) []byte {
 	sum = sha256.Sum256(b[:len(b)-32])
 	copy(b[len(b)-32:], sum[:])
 	return b
+}
+
+// verify proves ordinary layers, and zstd:chunked ones as Podman writes them,
+// from the stored files, without their blobs.
+func TestVerifyFromFiles(t *testing.T) {
+	layers, _ := mixed()
+	tar := imagetest.Must(imagetest.Tar(imagetest.File("split", "by tar-split"), imagetest.Random("more", 200_000, 5)))
+	var blob bytes.Buffer
+	res, err := zstdchunked.Write(t.Context(), &blob, bytes.NewReader(tar), 1)
+	if err != nil {
+		t.Fatal(err)
+	}
+	chunked := plainLayer(ocispec.MediaTypeImageLayerZstd, blob.Bytes(), tar)
+	chunked.Desc.Annotations = res.Annotations
+	layers = append(layers, chunked)
+	r, source := served(t, layers...)
+	root := filepath.Join(t.TempDir(), "root")
+	m, mnt := start(t, source, Options{Root: root})
+	waitFor(t, m, Sealed)
+	end(t, m, mnt)
+	before := r.Counts().Bytes
+	top, err := Verify(t.Context(), source, VerifyOptions{Options: Options{Root: root}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got := r.Counts().Bytes - before; got > 2<<20 {
+		t.Errorf("%d bytes were fetched", got)
+	}
+	// Layer 0 has a file that another hides, and that was stored all the same;
+	// eStargz has nothing to put a tar together from.
+	wants(t, top, "DiffID", Proven, Unproven, Proven, Proven, Proven)
+	wants(t, top, "table of contents", Proven, Proven, Proven, Proven, Proven)
 }

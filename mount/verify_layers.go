@@ -39,7 +39,11 @@ func (v *verifier) tables(ctx context.Context, parent *Link) error {
 			return err
 		}
 		l := parent.add(fmt.Sprintf("layer %d, %s", i, desc.Digest), Proven, "the manifest names it")
-		t, link := v.table(ctx, l, desc)
+		want := ""
+		if diffIDs != nil {
+			want = diffIDs[i]
+		}
+		t, link := v.table(ctx, l, i, desc, want)
 		if t == nil {
 			all = false
 		} else {
@@ -50,12 +54,8 @@ func (v *verifier) tables(ctx context.Context, parent *Link) error {
 			layers[i] = image.Layer{Digest: digest, Size: desc.Size, TOC: t}
 			link.Why += fmt.Sprintf("; %d entries, each chunk and file with its digest", len(t.Entries))
 		}
-		want := ""
-		if diffIDs != nil {
-			want = diffIDs[i]
-		}
 		if !whole {
-			l.add("DiffID "+want, Unproven, "needs the whole blob (--blobs reads it); no byte that programs read rests on it")
+			v.proveDiffID(ctx, l, i, desc, t, want)
 			continue
 		}
 		v.blob(ctx, l, desc, want)
@@ -67,12 +67,15 @@ func (v *verifier) tables(ctx context.Context, parent *Link) error {
 }
 
 // table reads a layer's table of contents, nil if it cannot be had.
-func (v *verifier) table(ctx context.Context, parent *Link, desc ocispec.Descriptor) (*toc.TOC, *Link) {
+func (v *verifier) table(ctx context.Context, parent *Link, layer int, desc ocispec.Descriptor, diffID string) (*toc.TOC, *Link) {
 	const what = "table of contents"
 	r := fetcher.ReaderAt(ctx, v.m.src.Blob(desc), desc.Size)
 	t, err := toc.Read(r, desc.Size, toc.Options{Annotations: desc.Annotations})
 	if err == nil {
 		return t, parent.add(what, Proven, "its digest is in the manifest")
+	}
+	if errors.Is(err, toc.ErrNoTOC) {
+		return v.ordinaryTable(parent, layer, desc, diffID)
 	}
 	if !errors.Is(err, toc.ErrNoTOCDigest) {
 		return nil, parent.add(what, Unproven, "cannot be read again: %s", oneLine(err.Error()))
@@ -160,7 +163,9 @@ func hashPlain(r io.Reader) (digest.Digest, error) {
 			return "", err
 		}
 		plain = z
-	default: // zstd, its skippable frames among it; or neither, which it says
+	case magic != [4]byte{0x28, 0xb5, 0x2f, 0xfd} && (magic[0]&0xf0 != 0x50 || [3]byte(magic[1:]) != [3]byte{0x2a, 0x4d, 0x18}):
+		plain = r // neither zstd nor one of its skippable frames: a tar as it is
+	default:
 		z, err := zstd.NewReader(r, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(1<<63-1), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return "", err

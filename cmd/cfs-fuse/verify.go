@@ -18,7 +18,9 @@ why, and what is wrong. IMAGE is a source that was mounted before, or "sha256:"
 and the digest of a manifest in the store. Nothing is changed.
 
 Whole layers, which a DiffID (the digest of the uncompressed layer) needs, are
-read from local sources, and with --blobs from registries too.
+read from local sources, and with --blobs from registries too. Without, the DiffID
+of an ordinary layer, and of one that Podman's tools wrote as zstd:chunked, is proven by
+putting the layer together from the files in the store.
 
 The exit code is 1 if something is wrong.`
 
