@@ -23,7 +23,7 @@ func examineContainerd(ctx context.Context, socket, own string) []finding.Findin
 	defer cancel()
 	ours := dials(own)
 	if err := dials(socket); err != nil {
-		if errors.Is(err, os.ErrNotExist) && errors.Is(ours, os.ErrNotExist) {
+		if errors.Is(err, os.ErrNotExist) && ours != nil {
 			l.Good("containerd", "not here; mounts by hand do not need it")
 			return l.All
 		}
