@@ -148,7 +148,10 @@ func (n *Node) StartDaemon(ctx context.Context) error {
 			config += fmt.Sprintf("  [proxy_plugins.%s.exports]\n    enable_remote_snapshot_annotations = \"true\"\n", n.o.Snapshotter)
 		}
 	}
-	if n.o.Bin != "" {
+	if n.o.Bin == "" {
+		config += fmt.Sprintf("[plugins.\"io.containerd.grpc.v1.cri\".containerd]\n  snapshotter = %q\n  disable_snapshot_annotations = false\n", n.o.Snapshotter)
+	} else {
+		config += fmt.Sprintf("[plugins.\"io.containerd.cri.v1.images\"]\n  snapshotter = %q\n  disable_snapshot_annotations = false\n", n.o.Snapshotter)
 		config += fmt.Sprintf("[[plugins.\"io.containerd.transfer.v1.local\".unpack_config]]\n  platform = \"linux\"\n  snapshotter = %q\n", n.o.Snapshotter)
 	}
 	path := filepath.Join(n.o.Dir, "config.toml")
