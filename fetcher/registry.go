@@ -194,7 +194,10 @@ func (r *registry) manifest(ctx context.Context, object string) ([]byte, error) 
 			return a.statusError()
 		}
 		if limit := r.opts.ReadTimeout / 3; limit > 0 { // for one that trickles
-			a.deadline = time.Now().Add(limit)
+			until := time.Now().Add(limit)
+			if a.deadline.IsZero() || until.Before(a.deadline) {
+				a.deadline = until
+			}
 		}
 		raw, err = io.ReadAll(io.LimitReader(a, maxManifest+1))
 		if err == nil && len(raw) > maxManifest {

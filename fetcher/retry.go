@@ -160,7 +160,7 @@ func (r *registry) ask(ctx context.Context, q *query, skip, avoid int, try func(
 		for i := range r.hosts {
 			i = (i + skip) % len(r.hosts)
 			h := r.hosts[i]
-			if dead[i] {
+			if dead[i] || errs[i] != nil && q.over(time.Now()) {
 				continue
 			}
 			if d := h.allow(time.Now()); d > 0 {
