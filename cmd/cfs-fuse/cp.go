@@ -100,17 +100,7 @@ func copyTo(cmd *cobra.Command, img *opened, at look.File, dir, name string, o l
 	if name != "/" {
 		return img.tree.Copy(cmd.Context(), at, dir, name, o)
 	}
-	var sum look.Copied
-	all, err := img.tree.Children(at)
-	for _, c := range all {
-		if err != nil {
-			break
-		}
-		var done look.Copied
-		done, err = img.tree.Copy(cmd.Context(), c, dir, c.Name(), o)
-		sum.Files, sum.Bytes = sum.Files+done.Files, sum.Bytes+done.Bytes
-	}
-	return sum, err
+	return img.tree.CopyInto(cmd.Context(), at, dir, o)
 }
 
 // exactOrMore wants at least n arguments, and says which is missing.

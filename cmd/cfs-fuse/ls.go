@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"github.com/cfs-fuse/cfs-fuse/erofs"
 	"github.com/cfs-fuse/cfs-fuse/internal/look"
 )
 
@@ -203,7 +204,16 @@ const timeFormat = "2006-01-02 15:04"
 
 func (l *lister) longList(files []look.File, name func(look.File) string) error {
 	var rows [][]string
+	acls := false
 	for i, c := range files {
+		mode := modeString(c)
+		acl, err := l.hasACL(c)
+		if err != nil {
+			return err
+		}
+		if acl {
+			acls, mode = true, mode+"+"
+		}
 		size := l.size(c.Size)
 		if isDevice(c) {
 			size = fmt.Sprintf("%d, %d", unix.Major(uint64(c.Rdev)), unix.Minor(uint64(c.Rdev)))
@@ -216,14 +226,29 @@ func (l *lister) longList(files []look.File, name func(look.File) string) error 
 			}
 			shown += " -> " + l.name(target, nil)
 		}
-		row := []string{modeString(c), strconv.Itoa(int(c.Nlink)), strconv.Itoa(int(c.UID)), strconv.Itoa(int(c.GID)), size, mtime(c).Format(timeFormat), shown}
+		row := []string{mode, strconv.Itoa(int(c.Nlink)), strconv.Itoa(int(c.UID)), strconv.Itoa(int(c.GID)), size, mtime(c).Format(timeFormat), shown}
 		if l.inode {
-			row = append([]string{strconv.FormatUint(c.NID, 10)}, row...)
+			row = slices.Insert(row, 1, strconv.FormatUint(c.NID, 10))
 		}
 		rows = append(rows, row)
 	}
+	for _, row := range rows {
+		if mode := &row[0]; acls && !strings.HasSuffix(*mode, "+") {
+			*mode += " "
+		}
+		if l.inode {
+			row[0], row[1] = row[1], row[0]
+		}
+	}
 	writeColumns(l.w, rows)
 	return nil
+}
+
+// hasACL reports whether a file has more permissions than its mode says, which
+// ls marks with a plus.
+func (l *lister) hasACL(c look.File) (bool, error) {
+	xattrs, err := l.o.tree.Xattrs(c)
+	return slices.ContainsFunc(xattrs, func(x erofs.Xattr) bool { return strings.HasPrefix(x.Name, "system.posix_acl_") }), err
 }
 
 // writeColumns prints rows with their cells aligned to the right, but for the

@@ -50,6 +50,25 @@ func (t *Tree) Copy(ctx context.Context, f File, dir, name string, o CopyOptions
 	if name == "" || name == "." || name == ".." || filepath.Base(name) != name {
 		return Copied{}, fmt.Errorf("copy %s: %q is no name for it", f.Path, name)
 	}
+	return t.copyBy(ctx, f, dir, o, func(c *copier) error { return c.copy(int(c.root.Fd()), name, name, f) })
+}
+
+// CopyInto is Copy for what is in a folder, into the folder dir, which keeps its
+// own attributes.
+func (t *Tree) CopyInto(ctx context.Context, f File, dir string, o CopyOptions) (Copied, error) {
+	return t.copyBy(ctx, f, dir, o, func(c *copier) error {
+		all, err := t.Children(f)
+		for _, child := range all {
+			if err == nil {
+				err = c.copy(int(c.root.Fd()), child.Name(), child.Name(), child)
+			}
+		}
+		return err
+	})
+}
+
+// copyBy has do copy f, or what is in it, while its bytes are fetched ahead.
+func (t *Tree) copyBy(ctx context.Context, f File, dir string, o CopyOptions, do func(*copier) error) (Copied, error) {
 	to, err := os.Open(dir)
 	if err != nil {
 		return Copied{}, err
@@ -58,7 +77,7 @@ func (t *Tree) Copy(ctx context.Context, f File, dir, name string, o CopyOptions
 	ctx, stop := context.WithCancel(ctx)
 	c := &copier{t: t, o: o, ctx: ctx, root: to, links: map[uint64]string{}, isRoot: os.Geteuid() == 0}
 	ahead := c.fetchAhead(f)
-	err = c.copy(int(to.Fd()), name, name, f)
+	err = do(c)
 	stop()
 	if ferr := ahead(); err == nil && !errors.Is(ferr, context.Canceled) {
 		err = ferr

@@ -212,6 +212,15 @@ func TestCopy(t *testing.T) {
 		t.Errorf("l leads to %q, %v", target, err)
 	}
 
+	// What is in a folder keeps its hard links, too.
+	into := t.TempDir()
+	if done, err := tr.CopyInto(t.Context(), top, into, o); err != nil || done.Files != 7 {
+		t.Errorf("%+v, %v", done, err)
+	}
+	if err := errors.Join(unix.Lstat(into+"/h", &h), unix.Lstat(into+"/i", &i)); err != nil || h.Ino != i.Ino {
+		t.Errorf("h and i: %v, inodes %d and %d", err, h.Ino, i.Ino)
+	}
+
 	// A folder that is a link leads nowhere.
 	if err := errors.Join(os.RemoveAll(here+"/top/sub"), os.Symlink(outside, here+"/top/sub")); err != nil {
 		t.Fatal(err)
