@@ -249,8 +249,11 @@ func testCommit(t *testing.T, n *Node, ref string) {
 		}
 		return err == nil
 	})
-	snapshot("rm", "look")
-	must(t)(snapshot("rm", "committed"))
+	eventually(t, time.Minute, "both are removed", func() bool {
+		snapshot("rm", "look")
+		_, err := snapshot("rm", "committed")
+		return err == nil
+	})
 	must(t)(n.Ctr(ctx, "container", "delete", "writer"))
 }
 
