@@ -16,6 +16,8 @@ import (
 	"github.com/cfs-fuse/cfs-fuse/image"
 	"github.com/cfs-fuse/cfs-fuse/image/toc"
 	"github.com/cfs-fuse/cfs-fuse/internal/imagetest"
+	"github.com/cfs-fuse/cfs-fuse/internal/inflate"
+	"github.com/cfs-fuse/cfs-fuse/metrics"
 )
 
 // A piece is a chunk of a span: bytes [inner, inner+size) of what it
@@ -116,6 +118,29 @@ func TestStoreSpan(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestIndexedSpan reads spans that begin at checkpoints: each is asked for once.
+func TestIndexedSpan(t *testing.T) {
+	truth := []byte(words(200_000, 1))
+	data := gzipped(truth)
+	x, err := spanIndex(t, toc.GzipIndexed, int64(len(data)), truth, []piece{{0, 100_000}, {150_000, 50_000}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	blob := &fileBlob{"b", nil, func() (*io.SectionReader, error) {
+		return io.NewSectionReader(bytes.NewReader(data), 0, int64(len(data))), nil
+	}}
+	f := New(x, []Blob{blob}, newSink(x), FetchOptions{Checkpoint: func(layer int, off int64) (*inflate.Checkpoint, int64, error) {
+		return &inflate.Checkpoint{In: off}, int64(len(truth)), nil
+	}})
+	defer f.Close()
+	if err := f.Need(ctx, 0, 0, 1); err != nil {
+		t.Fatal(err)
+	}
+	if got := f.Stats()[metrics.Demand]; got.Requests != 1 {
+		t.Errorf("%+v for one span", got)
 	}
 }
 

@@ -94,7 +94,7 @@ func (f *Fetcher) end(j *job, err error) {
 // disk's or the context's; chunks that were wrong end nothing, and are
 // in j.dropped.
 func (f *Fetcher) run(j *job) error {
-	s := scratches.Get().(*scratch)
+	s := f.scratch()
 	defer s.keep()
 	j.clock.start()
 	sink := &timedSink{f.sink, &j.clock}
