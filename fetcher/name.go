@@ -114,7 +114,9 @@ func (e *Endpoint) Scheme(ctx context.Context) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	resp, err := e.Client.Do(req)
+	client := *e.Client // where a redirect leads says nothing of the host
+	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
+	resp, err := client.Do(req)
 	if err != nil {
 		return "", advise(fmt.Errorf("ask registry %s: %w", e.r.ref.host, scrub(err)), e.r.ref.host)
 	}

@@ -2,6 +2,9 @@ package fetcher
 
 import (
 	"encoding/json"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"testing"
@@ -66,5 +69,22 @@ func TestLayoutWithArtifact(t *testing.T) {
 	m, err := s.Resolve(t.Context())
 	if err != nil || m.Digest != digestOf(manifest) {
 		t.Errorf("%v, %v", m, err)
+	}
+}
+
+// TestSchemeRedirect has a registry of HTTPS send who asks to HTTP: what it
+// speaks itself counts.
+func TestSchemeRedirect(t *testing.T) {
+	plain := httptest.NewServer(http.NotFoundHandler())
+	defer plain.Close()
+	secure := httptest.NewTLSServer(http.RedirectHandler(plain.URL, http.StatusFound))
+	defer secure.Close()
+	u, err := url.Parse(secure.URL + "/v2")
+	if err != nil {
+		t.Fatal(err)
+	}
+	e := &Endpoint{Base: *u, Client: secure.Client()}
+	if got, err := e.Scheme(ctx); err != nil || got != "https" {
+		t.Errorf("%q, %v", got, err)
 	}
 }
