@@ -75,7 +75,7 @@ func (t *Tree) copyBy(ctx context.Context, f File, dir string, o CopyOptions, do
 	}
 	defer to.Close()
 	ctx, stop := context.WithCancel(ctx)
-	c := &copier{t: t, o: o, ctx: ctx, root: to, links: map[uint64]string{}, isRoot: os.Geteuid() == 0}
+	c := &copier{t: t, o: o, ctx: ctx, root: to, links: map[uint64]string{}, folders: folders{}, isRoot: os.Geteuid() == 0}
 	ahead := c.fetchAhead(f)
 	err = do(c)
 	stop()
@@ -86,13 +86,14 @@ func (t *Tree) copyBy(ctx context.Context, f File, dir string, o CopyOptions, do
 }
 
 type copier struct {
-	t      *Tree
-	o      CopyOptions
-	ctx    context.Context
-	root   *os.File          // where the copy is made
-	links  map[uint64]string // by nid: the path below root of an inode with several names
-	done   Copied
-	isRoot bool
+	t       *Tree
+	o       CopyOptions
+	ctx     context.Context
+	root    *os.File          // where the copy is made
+	links   map[uint64]string // by nid: the path below root of an inode with several names
+	folders folders
+	done    Copied
+	isRoot  bool
 }
 
 // fetchAhead begins to fetch what will be copied, in the same order. The
@@ -152,6 +153,7 @@ func (c *copier) copy(dir int, name, path string, f File) error {
 		err = unix.Mknodat(dir, name, f.Mode&^0o7777|0o600, int(f.Rdev))
 		if err != nil && !c.isRoot {
 			c.done.Files--
+			delete(c.links, f.NID)
 			c.warn(path, fmt.Errorf("a device is not copied without root: %w", err))
 			return nil
 		}
@@ -164,6 +166,9 @@ func (c *copier) copy(dir int, name, path string, f File) error {
 
 // folder copies a folder and what is in it.
 func (c *copier) folder(dir int, name, path string, f File) error {
+	if err := c.folders.enter(f); err != nil {
+		return err
+	}
 	if err := unix.Mkdirat(dir, name, 0o700); err != nil && !errors.Is(err, unix.EEXIST) {
 		return fmt.Errorf("make folder %s: %w", path, err)
 	}

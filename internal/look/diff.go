@@ -34,7 +34,7 @@ const (
 // folder that is in one tree only is told before what is in it. With times,
 // other modification times count as a change.
 func Diff(a, b *Tree, fa, fb File, times bool, fn func(Change) error) error {
-	d := &differ{a, b, times, fn}
+	d := &differ{a, b, times, fn, folders{}}
 	if err := d.changed(fa, fb); err != nil || !fa.IsDir() || !fb.IsDir() {
 		return err
 	}
@@ -45,9 +45,13 @@ type differ struct {
 	a, b  *Tree
 	times bool
 	fn    func(Change) error
+	seen  folders // of a
 }
 
 func (d *differ) folders(fa, fb File) error {
+	if err := d.seen.enter(fa); err != nil {
+		return err
+	}
 	left, err := d.a.Children(fa)
 	if err != nil {
 		return err

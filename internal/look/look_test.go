@@ -3,6 +3,7 @@ package look
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -27,6 +28,21 @@ func (c fakeContents) ReadAt(_ context.Context, object string, p []byte, off int
 		return 0, false, fs.ErrNotExist
 	}
 	return copy(p, s[off:]), false, nil
+}
+
+// lateContents can be read when something has been done.
+type lateContents struct {
+	Contents
+	done <-chan struct{}
+}
+
+func (c lateContents) ReadAt(ctx context.Context, object string, p []byte, off int64) (int, bool, error) {
+	select {
+	case <-c.done:
+	case <-ctx.Done():
+		return 0, false, ctx.Err()
+	}
+	return c.Contents.ReadAt(ctx, object, p, off)
 }
 
 const large = 6000 // more than an image holds itself
@@ -184,8 +200,13 @@ func TestCopy(t *testing.T) {
 	}
 	var fetched []string
 	var bytesSeen int64
+	// A copy that has all it reads may end before anything is fetched ahead: this one waits.
+	ahead, brought := context.WithCancel(t.Context())
+	defer brought()
+	tr.contents = lateContents{tr.contents, ahead.Done()}
 	o := CopyOptions{Recursive: true, Bytes: func(n int64) { bytesSeen += n }, Fetch: func(_ context.Context, object string) error {
 		fetched = append(fetched, object)
+		brought()
 		return nil
 	}}
 	done, err := tr.Copy(t.Context(), top, here, "top", o)
@@ -238,5 +259,61 @@ func TestCopy(t *testing.T) {
 	}
 	if _, err := tr.Copy(t.Context(), top, here, "top", CopyOptions{}); err == nil {
 		t.Error("a folder was copied without Recursive")
+	}
+}
+
+// TestCycle has a folder be below itself: everything ends.
+func TestCycle(t *testing.T) {
+	var image bytes.Buffer
+	if err := erofs.Write(&image, &erofs.Node{Mode: unix.S_IFDIR | 0o755, Children: []*erofs.Node{dir("a", dir("b", dir("name-of-it")))}}, erofs.Options{MaxVersion: 1}); err != nil {
+		t.Fatal(err)
+	}
+	b := image.Bytes()
+	r, err := erofs.OpenBytes(b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	tr := New(r, fakeContents{})
+	var nids [2]uint64
+	for i, name := range []string{"/a", "/a/b"} {
+		f, err := tr.Find(name, false)
+		if err != nil {
+			t.Fatal(err)
+		}
+		nids[i] = f.NID
+	}
+	// The entry of b in a leads back to a.
+	find, to := binary.LittleEndian.AppendUint64(nil, nids[1]), binary.LittleEndian.AppendUint64(nil, nids[0])
+	changed := 0
+	for at := 0; at+12 <= len(b); at += 4 { // its offset of the name is that of the third entry
+		if bytes.Equal(b[at:at+8], find) && binary.LittleEndian.Uint16(b[at+8:]) == 3*12+3 {
+			changed += copy(b[at:], to)
+		}
+	}
+	if changed != 8 {
+		t.Fatalf("%d bytes were changed", changed)
+	}
+	top, err := tr.Find("/a", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tr.Copy(t.Context(), top, t.TempDir(), "a", CopyOptions{Recursive: true}); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("copy: %v", err)
+	}
+	if err := tr.Walk(top, func(File, int) error { return nil }); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("walk: %v", err)
+	}
+	for f := top; ; { // as who walks for himself
+		all, err := tr.Children(f)
+		if errors.Is(err, unix.ELOOP) {
+			break
+		}
+		if err != nil || len(all) != 1 {
+			t.Fatalf("%.100s: %d children, %v", f.Path, len(all), err)
+		}
+		f = all[0]
+	}
+	if err := Diff(tr, tr, top, top, false, func(Change) error { return nil }); !errors.Is(err, unix.ELOOP) {
+		t.Errorf("diff: %v", err)
 	}
 }

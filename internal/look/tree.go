@@ -117,6 +117,9 @@ func (t *Tree) child(dir File, name string) (File, error) {
 
 // Children returns what is in a folder, by name in byte order.
 func (t *Tree) Children(dir File) ([]File, error) {
+	if strings.Count(dir.Path, "/") > maxDepth {
+		return nil, fmt.Errorf("read %.100s…: more than %d folders in one another: %w", dir.Path, maxDepth, unix.ELOOP)
+	}
 	var all []File
 	var inner error
 	err := t.r.ReadDir(dir.Inode, 0, func(e erofs.DirEntry, _ uint64) bool {
@@ -147,12 +150,23 @@ const maxDepth = 4096
 // Walk calls fn for a file and everything below it, a folder before what is in
 // it, by name, with how far below the first one it lies. fs.SkipDir from fn
 // leaves a folder out; any other error ends the walk.
-func (t *Tree) Walk(f File, fn func(f File, depth int) error) error { return t.walk(f, 0, fn) }
+func (t *Tree) Walk(f File, fn func(f File, depth int) error) error {
+	return t.walk(f, 0, folders{}, fn)
+}
 
-func (t *Tree) walk(f File, depth int, fn func(File, int) error) error {
-	if depth > maxDepth {
-		return &fs.PathError{Op: "read", Path: f.Path, Err: unix.ELOOP}
+// folders are those that were gone into, by nid. A folder has one name only: an
+// image in which it has more is no tree, and has no end if folders form a cycle.
+type folders map[uint64]bool
+
+func (s folders) enter(f File) error {
+	if s[f.NID] {
+		return fmt.Errorf("read %.100s: a folder that is in two places of the image: %w", f.Path, unix.ELOOP)
 	}
+	s[f.NID] = true
+	return nil
+}
+
+func (t *Tree) walk(f File, depth int, seen folders, fn func(File, int) error) error {
 	err := fn(f, depth)
 	if err != nil || !f.IsDir() {
 		if errors.Is(err, fs.SkipDir) {
@@ -160,10 +174,13 @@ func (t *Tree) walk(f File, depth int, fn func(File, int) error) error {
 		}
 		return err
 	}
+	if err := seen.enter(f); err != nil {
+		return err
+	}
 	all, err := t.Children(f)
 	for _, c := range all {
 		if err == nil {
-			err = t.walk(c, depth+1, fn)
+			err = t.walk(c, depth+1, seen, fn)
 		}
 	}
 	return err
