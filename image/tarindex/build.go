@@ -126,8 +126,10 @@ type pipe struct {
 	free chan []byte
 	err  error // set before full is closed
 
-	cur  piece
-	rest []byte // of cur
+	// The reader's:
+	cur    piece
+	rest   []byte // of cur
+	failed error  // why no more comes, if that is not the end
 }
 
 func newPipe(ctx context.Context) *pipe {
@@ -219,11 +221,12 @@ func (p *pipe) next() (b []byte, cut bool, err error) {
 	select {
 	case p.cur, ok = <-p.full:
 	case <-p.ctx.Done():
-		return nil, false, context.Cause(p.ctx)
+		p.failed = context.Cause(p.ctx)
+		return nil, false, p.failed
 	}
 	if !ok {
-		if p.err != nil {
-			return nil, false, p.err
+		if p.failed = p.err; p.failed != nil {
+			return nil, false, p.failed
 		}
 		return nil, false, io.EOF
 	}
@@ -249,6 +252,7 @@ type decoder struct {
 	in, out     *pipe
 	compression toc.Compression
 	points      []point
+	packed      int // bytes of the points' windows
 	windows     packer
 }
 
@@ -286,7 +290,11 @@ func (d *decoder) run() error {
 			err = nil
 		}
 	}
-	if errors.Is(err, inflate.ErrCorrupt) || errors.Is(err, inflate.ErrChecksum) || errors.Is(err, inflate.ErrTooLarge) || d.in.err == nil && err == io.ErrUnexpectedEOF {
+	switch {
+	case err == nil:
+	case d.in.failed != nil:
+		err = d.in.failed // what does not come is no fault of what came
+	case errors.Is(err, inflate.ErrCorrupt), errors.Is(err, inflate.ErrChecksum), errors.Is(err, inflate.ErrTooLarge), err == io.ErrUnexpectedEOF:
 		err = fmt.Errorf("%w: %w", ErrLayer, err)
 	}
 	return err
@@ -326,6 +334,9 @@ func (d *decoder) add(p point) error {
 	if p.gzip != nil {
 		p.packed, p.window, p.lengths = d.windows.pack(p.gzip), len(p.gzip.Window), len(p.gzip.Lengths)
 		p.gzip.Window, p.gzip.Lengths = nil, nil
+		if d.packed += len(p.packed); d.packed > MaxIndex {
+			return fmt.Errorf("%w: an index of more than %d bytes", ErrLayer, MaxIndex)
+		}
 	}
 	d.points = append(d.points, p)
 	return nil
@@ -370,7 +381,12 @@ func (d *decoder) zstd(in io.Reader) error {
 			if err != nil {
 				return err
 			}
-			n, err := io.ReadFull(z, p[:pieceSize])
+			n := 0
+			for n < pieceSize && err == nil { // io.ErrUnexpectedEOF of z is an error
+				var m int
+				m, err = z.Read(p[n:pieceSize])
+				n += m
+			}
 			if n > 0 {
 				out += int64(n)
 				if serr := d.out.send(p[:n], cut); serr != nil {
@@ -380,7 +396,7 @@ func (d *decoder) zstd(in io.Reader) error {
 			} else {
 				d.out.free <- p
 			}
-			if err == io.EOF || err == io.ErrUnexpectedEOF && f.ended() {
+			if err == io.EOF {
 				break
 			}
 			if err != nil {

@@ -64,9 +64,6 @@ func (f *frames) next() (int64, error) {
 	}
 }
 
-// ended reports whether the frame was read to its end.
-func (f *frames) ended() bool { return !f.open }
-
 func (f *frames) Read(p []byte) (int, error) {
 	if f.left == 0 && f.open {
 		if err := f.block(); err != nil {

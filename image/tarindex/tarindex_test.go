@@ -302,19 +302,20 @@ func TestWrongLayers(t *testing.T) {
 		want error
 		kind string
 	}{
-		"another blob":   {bytes.NewReader(blob), Layer{Blob: toc.Digest{1}, Size: int64(len(blob))}, nil, "blob"},
-		"another DiffID": {bytes.NewReader(blob), Layer{Blob: sha256.Sum256(blob), Size: int64(len(blob)), DiffID: toc.Digest{1}}, nil, "DiffID"},
-		"cut short":      {bytes.NewReader(blob[:len(blob)/2]), layerOf(blob, plain), io.ErrUnexpectedEOF, ""},
-		"half a gzip":    {bytes.NewReader(blob[:len(blob)/2]), layerOf(blob[:len(blob)/2], plain), ErrLayer, ""},
-		"half a zstd":    {bytes.NewReader(zblob[:len(zblob)/2]), layerOf(zblob[:len(zblob)/2], plain), ErrLayer, ""},
-		"half a tar":     {bytes.NewReader(plain[:len(plain)/2]), layerOf(plain[:len(plain)/2], plain), ErrLayer, ""},
-		"text":           {strings.NewReader(strings.Repeat("no tar ", 1000)), Layer{Size: 7000, Blob: sha256.Sum256([]byte(strings.Repeat("no tar ", 1000)))}, ErrLayer, ""},
-		"a dead line":    {io.MultiReader(bytes.NewReader(blob[:1000]), &failing{broken}), layerOf(blob, plain), broken, ""},
+		"another blob":        {bytes.NewReader(blob), Layer{Blob: toc.Digest{1}, Size: int64(len(blob))}, nil, "blob"},
+		"another DiffID":      {bytes.NewReader(blob), Layer{Blob: sha256.Sum256(blob), Size: int64(len(blob)), DiffID: toc.Digest{1}}, nil, "DiffID"},
+		"cut short":           {bytes.NewReader(blob[:len(blob)/2]), layerOf(blob, plain), io.ErrUnexpectedEOF, ""},
+		"half a gzip":         {bytes.NewReader(blob[:len(blob)/2]), layerOf(blob[:len(blob)/2], plain), ErrLayer, ""},
+		"half a zstd":         {bytes.NewReader(zblob[:len(zblob)/2]), layerOf(zblob[:len(zblob)/2], plain), ErrLayer, ""},
+		"half a tar":          {bytes.NewReader(plain[:len(plain)/2]), layerOf(plain[:len(plain)/2], plain), ErrLayer, ""},
+		"text":                {strings.NewReader(strings.Repeat("no tar ", 1000)), Layer{Size: 7000, Blob: sha256.Sum256([]byte(strings.Repeat("no tar ", 1000)))}, ErrLayer, ""},
+		"a dead line":         {io.MultiReader(bytes.NewReader(blob[:1000]), &failing{broken}), layerOf(blob, plain), broken, ""},
+		"a dead line of zstd": {io.MultiReader(bytes.NewReader(zblob[:100_000]), &failing{broken}), layerOf(zblob, plain), broken, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Build(t.Context(), c.r, c.l, memory{})
 			d, isDigest := errors.AsType[*DigestError](err)
-			if err == nil || c.want != nil && !errors.Is(err, c.want) || isDigest != (c.kind != "") || isDigest && d.What != c.kind {
+			if err == nil || c.want != nil && !errors.Is(err, c.want) || isDigest != (c.kind != "") || isDigest && d.What != c.kind || errors.Is(err, ErrLayer) != (c.want == ErrLayer) {
 				t.Errorf("%v, want %v", err, c.want)
 			}
 		})
