@@ -77,11 +77,11 @@ func (r *remote) connect(ctx context.Context) (*oras.Repository, error) {
 		return nil, err
 	}
 	ref := registry.Reference{Registry: r.name.Host, Repository: r.name.Repository}
-	route := &route{next: r.endpoint.Client.Transport, asked: url.URL{Scheme: scheme, Host: ref.Host()}, real: r.endpoint.Base}
+	route := &route{next: r.endpoint.Client.Transport, asked: url.URL{Scheme: scheme, Host: ref.Host()}, real: r.endpoint.Base, header: r.endpoint.Header}
 	route.real.Scheme = scheme
 	client := *r.endpoint.Client
 	client.Transport = route
-	a := &auth.Client{Client: &client, Header: r.endpoint.Header.Clone(), Cache: auth.NewCache(), Credential: r.credential}
+	a := &auth.Client{Client: &client, Cache: auth.NewCache(), Credential: r.credential}
 	a.SetUserAgent("cfs-fuse")
 	if local(r.endpoint.Base.Hostname()) {
 		a.BlockedRealmPrefixes = []netip.Prefix{} // its token server may be here, too
@@ -135,7 +135,7 @@ func (r *remote) try(ctx context.Context, what string, f func(context.Context, *
 		case n == attempts || !passing(err):
 			return r.advise(fmt.Errorf("%s: %w", what, withoutURL(err)))
 		}
-		r.log.Debug("a request failed and is made again", "what", what, "error", err)
+		r.log.Debug("a request failed and is made again", "what", what, "error", withoutURL(err))
 		wait := time.Second << (n - 1)
 		select {
 		case <-ctx.Done():
@@ -245,6 +245,8 @@ type route struct {
 	next  http.RoundTripper
 	asked url.URL // scheme and host of the requests
 	real  url.URL // with the path that stands for /v2
+
+	header http.Header // that the operator wants in each request for the host, and in no other
 }
 
 var errStalled = errors.New("the registry takes and sends nothing")
@@ -258,6 +260,11 @@ func (t *route) RoundTrip(req *http.Request) (*http.Response, error) {
 		out.URL.Scheme, out.URL.Host, out.Host = t.real.Scheme, t.real.Host, ""
 		if rest, ok := strings.CutPrefix(out.URL.Path, "/v2/"); ok {
 			out.URL.Path = t.real.Path + "/" + rest
+		}
+		for k, v := range t.header {
+			if k = http.CanonicalHeaderKey(k); k != "Authorization" || out.Header.Get(k) == "" {
+				out.Header[k] = v
+			}
 		}
 	}
 	if req.Body != nil && req.Body != http.NoBody {

@@ -300,6 +300,55 @@ func TestHosts(t *testing.T) {
 	}
 }
 
+// What the operator has in each request for a host is in no other.
+func TestHostHeader(t *testing.T) {
+	k := newTaker(t)
+	k.token = "let me in"
+	var mu sync.Mutex
+	with, without := 0, 0
+	k.server.Config.Handler = http.HandlerFunc(func(w http.ResponseWriter, req *http.Request) {
+		mu.Lock()
+		if has := req.Header.Get("X-Key") == "mine"; has && req.URL.Path != "/v2/" {
+			with++
+			if req.URL.Path == "/token" {
+				t.Error("the token server was given the host's header")
+			}
+		} else if req.URL.Path != "/v2/" && req.URL.Path != "/token" {
+			without++
+		}
+		mu.Unlock()
+		k.ServeHTTP(w, req)
+	})
+	hosts, config := t.TempDir(), t.TempDir()
+	t.Setenv("DOCKER_CONFIG", config)
+	for path, text := range map[string]string{
+		filepath.Join(hosts, "registry.example.com", "hosts.toml"): fmt.Sprintf(
+			"[host.%q]\n capabilities = [\"pull\", \"resolve\", \"push\"]\n [host.%q.header]\n  x-key = \"mine\"\n", k.server.URL, k.server.URL),
+		filepath.Join(config, "config.json"): fmt.Sprintf(`{"auths": {%q: {"username": "me", "password": "secret"}}}`, k.host()),
+	} {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	r, err := Open("docker://registry.example.com/a/b:1", true, fetcher.Options{HostsDir: hosts})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Close()
+	blob := []byte("x")
+	if err := r.Put(t.Context(), describe("", blob), bytes.NewReader(blob)); err != nil {
+		t.Fatal(err)
+	}
+	mu.Lock()
+	defer mu.Unlock()
+	if with == 0 || without > 0 {
+		t.Errorf("%d requests for the host with its header, %d without", with, without)
+	}
+}
+
 func TestCancelled(t *testing.T) {
 	each(t, func(t *testing.T, r *Repository) {
 		ctx, cancel := context.WithCancel(t.Context())
