@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"bytes"
 	"os"
 	"strings"
 	"testing"
@@ -94,6 +95,15 @@ func TestDocs(t *testing.T) {
 }
 
 // A package under test has no collectors.
+// A store's path may be no text.
+func TestOddLabels(t *testing.T) {
+	m := New(prometheus.NewRegistry())
+	defer m.Watch(func() Observation { return Observation{Store: StoreLevel{Root: "/a\xff"}} })()
+	if _, data, err := m.Snapshot(); err != nil || !bytes.Contains(data, []byte("/a\ufffd")) {
+		t.Errorf("%d bytes, %v", len(data), err)
+	}
+}
+
 func TestNil(t *testing.T) {
 	var m *Metrics
 	m.Request(Demand, FromFile, OK, 1)

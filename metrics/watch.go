@@ -1,6 +1,7 @@
 package metrics
 
 import (
+	"strings"
 	"sync"
 	"time"
 
@@ -125,6 +126,9 @@ func (w *watched) Collect(ch chan<- prometheus.Metric) {
 		}
 	}
 	gauge := func(f Family, v float64, labels ...string) {
+		for i, l := range labels {
+			labels[i] = strings.ToValidUTF8(l, "\ufffd") // paths may hold anything, labels not
+		}
 		ch <- prometheus.MustNewConstMetric(f.desc(), prometheus.GaugeValue, v, labels...)
 	}
 	for i, p := range plain {
