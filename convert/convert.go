@@ -102,8 +102,12 @@ type Target interface {
 	PutManifest(ctx context.Context, mediaType string, raw []byte, tag string) (ocispec.Descriptor, error)
 }
 
-// maxNesting bounds indexes inside indexes.
-const maxNesting = 4
+// maxNesting bounds indexes inside indexes, maxImages how many manifests of one
+// are worked on at once.
+const (
+	maxNesting = 4
+	maxImages  = 16
+)
 
 type converter struct {
 	src   fetcher.Source
@@ -163,6 +167,7 @@ func (c *converter) document(ctx context.Context, d *fetcher.Document, p *ocispe
 	}
 	found := make([]*ocispec.Descriptor, len(d.Index.Manifests))
 	g, gctx := errgroup.WithContext(ctx)
+	g.SetLimit(maxImages)
 	for i, e := range d.Index.Manifests {
 		if why := noImage(e); why != "" {
 			c.tell(Event{Left: &Skipped{e, why}})

@@ -86,6 +86,11 @@ func (c *converter) layer(ctx context.Context, d ocispec.Descriptor, diffID dige
 	}
 	select {
 	case <-j.done:
+		if ok && errors.Is(j.err, context.Canceled) {
+			// The image that began it has failed, and says why; that ends this one.
+			<-ctx.Done()
+			return nil, context.Cause(ctx)
+		}
 		return j.result, j.err
 	case <-ctx.Done():
 		return nil, context.Cause(ctx)
