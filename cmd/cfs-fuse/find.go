@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"io/fs"
 	"path"
 	"slices"
 	"strconv"
@@ -112,7 +113,7 @@ func (f *findFlags) run(cmd *cobra.Command, arg string) error {
 			return err
 		}
 		if f.maxDepth >= 0 && depth > f.maxDepth {
-			return nil
+			return fs.SkipDir
 		}
 		if depth < f.minDepth {
 			return nil

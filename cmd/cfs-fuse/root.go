@@ -8,6 +8,8 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"unicode"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -161,7 +163,16 @@ func exitCode(err error) int {
 	return exitFailed
 }
 
-func oneLine(s string) string { return strings.Join(strings.Fields(s), " ") }
+// oneLine makes a text one line that can be printed anywhere.
+func oneLine(s string) string {
+	printable := func(r rune) rune {
+		if unicode.IsPrint(r) {
+			return r
+		}
+		return utf8.RuneError // a name in an image must not command the terminal
+	}
+	return strings.Map(printable, strings.Join(strings.Fields(s), " "))
+}
 
 // exactArgs wants as many arguments as names, and says which is missing.
 func exactArgs(names ...string) cobra.PositionalArgs {
