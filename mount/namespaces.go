@@ -148,7 +148,7 @@ func (m *Mount) swapIn(pid int, link string) (places []Elsewhere, err error) {
 			if err := swapAt(ns, sealed, i, all); err != nil {
 				e.Swapped, e.Note = false, oneLine(err.Error())
 			}
-		case i.Dev != dev || m.inOwnNamespace(link):
+		case i.Dev != dev || i.Mountpoint == m.mountpoint && m.inOwnNamespace(link):
 			continue // it has nothing to do with it, or is the mount itself
 		}
 		places = append(places, e)

@@ -56,6 +56,39 @@ func TestHasLowerOn(t *testing.T) {
 	}
 }
 
+// A process that died after its swap, and before that in other places, leaves
+// those to its successor.
+func TestSettleSwapsAlso(t *testing.T) {
+	eachBackend(t, func(t *testing.T, b Backend) {
+		m, mnt := start(t, twoLayers(t), Options{Backend: b, Swap: Never})
+		bind := t.TempDir()
+		if err := unix.Mount(mnt, bind, "", unix.MS_BIND, ""); err != nil {
+			t.Fatal(err)
+		}
+		defer unix.Unmount(bind, unix.MNT_DETACH)
+		waitFor(t, m, Sealed)
+		id := m.server.MountID()
+		if err := m.swap(); err != nil {
+			t.Fatal(err)
+		}
+		m.opts.SwapNamespaces = []int{os.Getpid()}
+		for range 2 {
+			if wanted, err := m.settle(id); wanted || err != nil {
+				t.Errorf("settle: wanted %t, %v", wanted, err)
+			}
+			if info, err := kmount.At(bind); err != nil || !isSealedMount(info) {
+				t.Errorf("%s: %+v, %v; want the sealed image", bind, info, err)
+			}
+		}
+		if e := m.Status().Elsewhere; len(e) != 1 || e[0].Mountpoint != bind || !e[0].Swapped {
+			t.Errorf("elsewhere: %+v", e)
+		}
+		if err := unix.Unmount(bind, 0); err != nil {
+			t.Errorf("one unmount of %s: %v", bind, err)
+		}
+	})
+}
+
 // What is mounted on the first mount is on the kernel's afterwards, and other
 // places of the same namespace are swapped when it is listed.
 func TestSwapTakesAlong(t *testing.T) {

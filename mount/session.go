@@ -240,6 +240,7 @@ func (m *Mount) settle(mountID int) (wanted bool, err error) {
 		if top, err := kmount.At(m.mountpoint); err == nil && isSealedMount(top) {
 			m.swapped(verityOf(top))
 			m.noteDigest()
+			m.swapAlso() // it may have died before that; what it has swapped is left
 		}
 		return false, nil
 	}
