@@ -160,6 +160,14 @@ func (s *Snapshotter) mounts(snap storage.Snapshot, info snapshots.Info, c *choi
 		}
 	}
 	active := snap.Kind == snapshots.KindActive
+	if c != nil && !active && len(c.Above) == 0 && len(c.Stack.Data) == 0 {
+		// Nor is one folder enough of an image that FUSE serves.
+		tree := c.Stack.Tree
+		if c.Mapped != nil {
+			tree = c.Mapped.Lowers[0]
+		}
+		return []containerdmount.Mount{{Type: "bind", Source: tree, Options: append(options, "ro", "rbind")}}
+	}
 	if c == nil && (len(snap.ParentIDs) == 0 || !active && len(snap.ParentIDs) == 1) {
 		// overlayfs needs two folders.
 		dir, access := s.upper(snap.ID), "rw"

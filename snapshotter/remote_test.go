@@ -309,6 +309,39 @@ func TestChoiceStays(t *testing.T) {
 	})
 }
 
+// Of an image that FUSE alone serves there are views too, though overlayfs takes
+// no single lower.
+func TestViewOfFUSE(t *testing.T) {
+	n := newNode(t)
+	if err := n.s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	n.opts.Mount.Backend, n.opts.Mount.NoFill = ours.FUSE, true
+	n.start()
+	low := layer(t, imagetest.File("name", "low"))
+	n.push("app", low)
+	_, parent := n.pull("app", low)
+	at := filepath.Join(n.dir, "at")
+	for range 2 { // the second time it may be sealed
+		mounts, err := n.s.View(t.Context(), "view", parent)
+		if err != nil {
+			t.Fatal(err)
+		}
+		n.mounted(mounts, at, func() {
+			if got := read(t, at+"/name"); got != "low" {
+				t.Errorf("name: %q", got)
+			}
+			if err := os.WriteFile(at+"/new", nil, 0o644); err == nil {
+				t.Error("a view is written to")
+			}
+		})
+		if err := n.s.Remove(t.Context(), "view"); err != nil {
+			t.Fatal(err)
+		}
+		n.awaitSealed("app")
+	}
+}
+
 // What is committed from a container, an ordinary layer over remote ones, an
 // image that is the lowest layers of another: each is whole.
 func TestMixedAncestors(t *testing.T) {
