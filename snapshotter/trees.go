@@ -32,7 +32,9 @@ type trees struct {
 	opts    mount.Options
 	store   io.Closer
 	openOne func(ctx context.Context, o mount.Origin, dir string) (*mount.Lowers, error)
-	images  images
+	// closeOne is Lowers.Close.
+	closeOne func(l *mount.Lowers, ctx context.Context) error
+	images   images
 
 	mu    sync.Mutex
 	byKey map[string]*tree
@@ -47,6 +49,9 @@ type tree struct {
 	err    error
 	users  int // calls under way
 	asked  time.Time
+	// closed, if not nil, is closed when the mounts in its folder are taken away.
+	// Until then nobody else may make any there.
+	closed chan struct{}
 }
 
 func newTrees(o mount.Options, changed func()) (*trees, error) {
@@ -55,7 +60,7 @@ func newTrees(o mount.Options, changed func()) (*trees, error) {
 		return nil, err
 	}
 	return &trees{
-		opts: o, store: store, byKey: map[string]*tree{},
+		opts: o, store: store, byKey: map[string]*tree{}, closeOne: (*mount.Lowers).Close,
 		openOne: func(ctx context.Context, origin mount.Origin, dir string) (*mount.Lowers, error) {
 			return mount.OpenLowers(ctx, store, origin, dir, o, changed)
 		},
@@ -83,6 +88,15 @@ func (t *trees) openWith(ctx context.Context, o mount.Origin, before func(*mount
 	key := keyOf(o)
 	t.mu.Lock()
 	e := t.byKey[key]
+	if e != nil && e.closed != nil {
+		t.mu.Unlock()
+		select {
+		case <-e.closed:
+			return t.openWith(ctx, o, before)
+		case <-ctx.Done():
+			return nil, nil, ctx.Err()
+		}
+	}
 	mine := e == nil
 	if mine {
 		e = &tree{key: key, digest: o.Digest(), ready: make(chan struct{})}
@@ -133,8 +147,9 @@ func (t *trees) openWith(ctx context.Context, o mount.Origin, before func(*mount
 func (t *trees) get(o mount.Origin) *mount.Lowers {
 	t.mu.Lock()
 	e := t.byKey[keyOf(o)]
+	gone := e == nil || e.closed != nil
 	t.mu.Unlock()
-	if e == nil {
+	if gone {
 		return nil
 	}
 	select {
@@ -153,7 +168,7 @@ func (t *trees) opened() map[string]*mount.Lowers {
 	for key, e := range t.byKey {
 		select {
 		case <-e.ready:
-			if e.err == nil {
+			if e.err == nil && e.closed == nil {
 				all[key] = e.lowers
 			}
 		default:
@@ -165,23 +180,40 @@ func (t *trees) opened() map[string]*mount.Lowers {
 // closeAllBut gives up the trees that needed does not name; pulled are the
 // manifests of which there are snapshots.
 func (t *trees) closeAllBut(ctx context.Context, needed, pulled map[string]bool) error {
-	var over []*tree
+	var all error
+	for {
+		e := t.unneeded(needed, pulled)
+		if e == nil {
+			return all
+		}
+		limited, cancel := context.WithTimeout(ctx, closeTime)
+		all = errors.Join(all, t.closeOne(e.lowers, limited))
+		cancel()
+		t.forget(e)
+	}
+}
+
+// unneeded returns a tree that is to be given up, marked as being closed, nil if
+// there is none.
+func (t *trees) unneeded(needed, pulled map[string]bool) *tree {
 	t.mu.Lock()
+	defer t.mu.Unlock()
 	for key, e := range t.byKey {
-		if needed[key] || e.users > 0 || pulled[e.digest] && time.Since(e.asked) < pullTime {
+		if needed[key] || e.users > 0 || e.closed != nil || pulled[e.digest] && time.Since(e.asked) < pullTime {
 			continue
 		}
-		over = append(over, e)
-		delete(t.byKey, key)
+		e.closed = make(chan struct{})
+		return e
 	}
+	return nil
+}
+
+// forget ends what closing a tree keeps others from.
+func (t *trees) forget(e *tree) {
+	t.mu.Lock()
+	delete(t.byKey, e.key)
 	t.mu.Unlock()
-	var all error
-	for _, e := range over {
-		limited, cancel := context.WithTimeout(ctx, closeTime)
-		all = errors.Join(all, e.lowers.Close(limited))
-		cancel()
-	}
-	return all
+	close(e.closed)
 }
 
 // leave stops what goes on in the background, and leaves all mounts as they
@@ -293,10 +325,16 @@ func (t *trees) sweep(known map[string]bool) error {
 	var all error
 	for _, d := range dirs {
 		t.mu.Lock()
-		_, open := t.byKey[d.Name()]
+		e := t.byKey[d.Name()]
+		over := e == nil && !known[d.Name()]
+		if over {
+			e = &tree{key: d.Name(), ready: make(chan struct{}), closed: make(chan struct{})}
+			t.byKey[e.key] = e
+		}
 		t.mu.Unlock()
-		if !open && !known[d.Name()] {
-			all = errors.Join(all, mount.DetachLowers(filepath.Join(t.folder(), d.Name())))
+		if over {
+			all = errors.Join(all, mount.DetachLowers(filepath.Join(t.folder(), e.key)))
+			t.forget(e)
 		}
 	}
 	return all

@@ -1,0 +1,60 @@
+package snapshotter
+
+import (
+	"context"
+	"testing"
+	"time"
+
+	"github.com/cfs-fuse/cfs-fuse/internal/imagetest"
+	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
+	ours "github.com/cfs-fuse/cfs-fuse/mount"
+)
+
+// An image that is wanted again while it is given up gets mounts that stay.
+func TestOpenWhileClosing(t *testing.T) {
+	n := newNode(t)
+	low := layer(t, imagetest.File("name", "low"))
+	n.push("app", low)
+	_, parent := n.pull("app", low)
+	began, goOn, over := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	n.s.trees.closeOne = func(l *ours.Lowers, ctx context.Context) error {
+		close(began)
+		<-goOn
+		defer close(over)
+		return l.Close(ctx)
+	}
+	remote, _, err := n.s.origins(t.Context())
+	if err != nil || len(remote) != 1 {
+		t.Fatalf("%+v, %v", remote, err)
+	}
+	if err := n.s.Remove(t.Context(), parent); err != nil {
+		t.Fatal(err)
+	}
+	<-began
+	var stack ours.Stack
+	var done func()
+	opened := make(chan error, 1)
+	go func() {
+		l, d, err := n.s.trees.open(t.Context(), remote[0])
+		if err == nil {
+			done = d
+			stack, err = l.Best(t.Context())
+		}
+		opened <- err
+	}()
+	select {
+	case err = <-opened: // while the other one is being closed: these mounts must stay all the same
+		opened <- err
+	case <-time.After(100 * time.Millisecond):
+	}
+	n.s.trees.closeOne = (*ours.Lowers).Close
+	close(goOn)
+	if err := <-opened; err != nil {
+		t.Fatal(err)
+	}
+	<-over
+	if _, err := kmount.At(stack.Tree); err != nil {
+		t.Errorf("%s of an image that is in use: %v", stack.Tree, err)
+	}
+	done()
+}
