@@ -100,8 +100,13 @@ func NewProxy(to *grpc.ClientConn, keys *Keyring) *Proxy { return &Proxy{to, key
 // Options are what a gRPC server needs that is to pass on, besides its own
 // services, those of CRI.
 func (p *Proxy) Options() []grpc.ServerOption {
-	return []grpc.ServerOption{grpc.ForceServerCodec(codec{}), grpc.UnknownServiceHandler(p.handle)}
+	return []grpc.ServerOption{grpc.ForceServerCodec(codec{}), grpc.UnknownServiceHandler(p.handle), grpc.MaxRecvMsgSize(maxMessage)}
 }
+
+// maxMessage is how many bytes kubelet and containerd take of a message
+// (maxMsgSize in k8s.io/cri-client, DefaultMaxRecvMsgSize in containerd's
+// defaults): the list of a node's images may exceed gRPC's 4 MiB.
+const maxMessage = 16 << 20
 
 // The services are named by their package and name; of v1alpha2 (containerd 1.6)
 // the messages are the same.
@@ -119,7 +124,8 @@ func (p *Proxy) handle(_ any, in grpc.ServerStream) error {
 	if md, ok := metadata.FromIncomingContext(ctx); ok {
 		ctx = metadata.NewOutgoingContext(ctx, md.Copy())
 	}
-	out, err := p.to.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method, grpc.ForceCodec(codec{}))
+	out, err := p.to.NewStream(ctx, &grpc.StreamDesc{ServerStreams: true, ClientStreams: true}, method,
+		grpc.ForceCodec(codec{}), grpc.MaxCallRecvMsgSize(maxMessage))
 	if err != nil {
 		return err
 	}

@@ -5,6 +5,7 @@ import (
 	"encoding/base64"
 	"net"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"google.golang.org/grpc"
@@ -96,6 +97,9 @@ func (i *images) handle(_ any, s grpc.ServerStream) error {
 	}
 	i.got = request
 	answer := frame(field(1, "the image"))
+	if len(request) > 5<<20 {
+		answer = request
+	}
 	return s.SendMsg(&answer)
 }
 
@@ -120,7 +124,7 @@ func listen(t *testing.T, name string, s *grpc.Server) *grpc.ClientConn {
 // credentials are remembered for their repository and registry only.
 func TestProxy(t *testing.T) {
 	back := &images{}
-	to := listen(t, "back", grpc.NewServer(grpc.ForceServerCodec(codec{}), grpc.UnknownServiceHandler(back.handle)))
+	to := listen(t, "back", grpc.NewServer(grpc.MaxRecvMsgSize(16<<20), grpc.ForceServerCodec(codec{}), grpc.UnknownServiceHandler(back.handle)))
 	keys := &Keyring{}
 	front := grpc.NewServer(NewProxy(to, keys).Options()...)
 	healthpb.RegisterHealthServer(front, health.NewServer()) // a service of the server's own
@@ -149,6 +153,11 @@ func TestProxy(t *testing.T) {
 	}
 	if _, _, ok := keys.Credentials("registry.example.com/app", "registry.example.com"); ok {
 		t.Error("a pull without credentials left those of the one before")
+	}
+	request = frame(pull(strings.Repeat("a", 6<<20)))
+	large := grpc.MaxCallRecvMsgSize(16 << 20)
+	if err := c.Invoke(ctx, "/runtime.v1.ImageService/PullImage", &request, &answer, grpc.ForceCodec(codec{}), large); err != nil || len(answer) != len(request) {
+		t.Errorf("messages of %d bytes: an answer of %d, %v", len(request), len(answer), err)
 	}
 	if err := c.Invoke(ctx, "/runtime.v1.ImageService/Other", &request, &answer, grpc.ForceCodec(codec{})); status.Code(err) != codes.NotFound {
 		t.Errorf("an error of containerd became %v", err)
