@@ -177,8 +177,11 @@ func (s *Store) add(name string, f *os.File) error {
 		return err
 	}
 	defer unix.Close(fd)
+	if err := s.notify("FDSTORE=1\nFDNAME="+name, fd); err != nil {
+		return err
+	}
 	s.names = append(s.names, name)
-	return s.notify("FDSTORE=1\nFDNAME="+name, fd)
+	return nil
 }
 
 func (s *Store) remove() error {
