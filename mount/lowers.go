@@ -262,11 +262,18 @@ func (l *Lowers) Restore(ctx context.Context, s Stack) error {
 			return hint.Wrap(fmt.Errorf("image %s: it was sealed and is no longer", l.m.image.digest), "wait until it is fetched again, or remove the container")
 		}
 		return l.mountSealed()
-	case string(Hybrid):
-		l.choose(true, "chosen before")
-		return l.mountHybrid()
-	case string(FUSE):
-		l.choose(false, "chosen before")
+	case string(Hybrid), string(FUSE):
+		hybrid := s.Backend == string(Hybrid)
+		switch {
+		case l.server == nil || l.backend == Backend(s.Backend):
+			l.choose(hybrid, "chosen before")
+		case !hybrid || l.m.state() < Complete:
+			return hint.Wrap(fmt.Errorf("image %s: others use it with backend %s, and this one began with %s; an image has one at a time", l.m.image.digest, l.backend, s.Backend),
+				"remove the container and make it anew")
+		}
+		if hybrid {
+			return l.mountHybrid()
+		}
 		return l.mountTree()
 	}
 	return fmt.Errorf("image %s: unknown backend %.40q of a stored choice", l.m.image.digest, s.Backend)

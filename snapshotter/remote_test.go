@@ -342,6 +342,64 @@ func TestViewOfFUSE(t *testing.T) {
 	}
 }
 
+// A snapshot that was made over another backend than the image has now, after a
+// reboot with other options, is refused while that cannot be had, and is in no new
+// one's way.
+func TestOtherBackend(t *testing.T) {
+	for before, now := range map[ours.Backend]ours.Backend{ours.FUSE: ours.Hybrid, ours.Hybrid: ours.FUSE} {
+		n := newNode(t)
+		low := layer(t, imagetest.File("name", "low"))
+		n.push("app", low)
+		n.opts.Mount.NoFill = true
+		start := func(b ours.Backend) {
+			if err := n.s.Close(); err != nil {
+				t.Fatal(err)
+			}
+			folders, _ := filepath.Glob(filepath.Join(n.opts.Mount.Runtime, "images", "*"))
+			for _, f := range folders {
+				if err := ours.DetachLowers(f); err != nil {
+					t.Error(err)
+				}
+			}
+			n.opts.Mount.Backend = b
+			n.start()
+		}
+		start(before)
+		_, parent := n.pull("app", low)
+		if _, err := n.s.Prepare(t.Context(), "old", parent); err != nil {
+			t.Fatal(err)
+		}
+		start(now)
+		if _, err := n.s.Prepare(t.Context(), "new", parent); err != nil {
+			t.Fatal(err)
+		}
+		if m, err := n.s.Mounts(t.Context(), "old"); err == nil {
+			t.Errorf("%s, made as %s: %+v, want an error", now, before, m)
+		}
+		for range 2 {
+			mounts, err := n.s.Prepare(t.Context(), "newest", parent)
+			if err != nil {
+				t.Fatal(err)
+			}
+			at := filepath.Join(n.dir, "at")
+			n.mounted(mounts, at, func() {
+				if got := read(t, at+"/name"); got != "low" {
+					t.Errorf("%s: name: %q", now, got)
+				}
+			})
+			if err := n.s.Remove(t.Context(), "newest"); err != nil {
+				t.Fatal(err)
+			}
+			n.awaitSealed("app")
+		}
+		if before == ours.Hybrid { // which needs FUSE no more
+			if _, err := n.s.Mounts(t.Context(), "old"); err != nil {
+				t.Error(err)
+			}
+		}
+	}
+}
+
 // What is committed from a container, an ordinary layer over remote ones, an
 // image that is the lowest layers of another: each is whole.
 func TestMixedAncestors(t *testing.T) {
