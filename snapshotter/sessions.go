@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/mount"
 )
 
@@ -103,10 +104,11 @@ func (r *register) list(opened map[string]*mount.Lowers) (all []keptSession, fil
 }
 
 // resume goes on with the sessions of the process before, and returns when all
-// that can be are served.
-func (s *Snapshotter) resume(ctx context.Context, kept *Sessions) {
+// that can be are served. With an error it has not begun: the images of the
+// snapshots cannot be listed now, and the keeper still has all that it had.
+func (s *Snapshotter) resume(ctx context.Context, kept *Sessions) error {
 	if kept == nil {
-		return
+		return nil
 	}
 	used := map[string]bool{}
 	defer func() {
@@ -119,12 +121,13 @@ func (s *Snapshotter) resume(ctx context.Context, kept *Sessions) {
 	var all []keptSession
 	if err := json.Unmarshal(kept.State, &all); err != nil {
 		s.log.Error("the sessions of the process before cannot be continued", "error", err)
-		return
+		return nil
 	}
 	origins := map[string]mount.Origin{}
 	remote, chosen, err := s.origins(ctx)
 	if err != nil {
-		s.log.Error("the images of snapshots cannot be listed", "error", err)
+		return hint.Wrap(fmt.Errorf("continue the sessions of the process before: list the images of snapshots: %w", err),
+			"see whether the disk is full, and "+s.path("metadata.db")+" can be read")
 	}
 	for _, o := range append(remote, chosen...) {
 		origins[keyOf(o)] = o
@@ -166,4 +169,5 @@ func (s *Snapshotter) resume(ctx context.Context, kept *Sessions) {
 		})
 	}
 	g.Wait()
+	return nil
 }

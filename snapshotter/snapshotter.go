@@ -127,8 +127,10 @@ func New(o Options, kept *Sessions) (_ *Snapshotter, err error) {
 	}
 	ctx, stop := context.WithCancel(context.Background())
 	s.stop = stop
-	s.resume(ctx, kept)
-	if err := s.keepSessions(); err != nil {
+	if err = s.resume(ctx, kept); err == nil {
+		err = s.keepSessions()
+	}
+	if err != nil {
 		return nil, errors.Join(err, s.Close())
 	}
 	s.run.Go(func() { s.tidy(ctx) })

@@ -2,13 +2,51 @@ package snapshotter
 
 import (
 	"context"
+	"os"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/cfs-fuse/cfs-fuse/internal/hint"
 	"github.com/cfs-fuse/cfs-fuse/internal/imagetest"
 	"github.com/cfs-fuse/cfs-fuse/internal/kmount"
 	ours "github.com/cfs-fuse/cfs-fuse/mount"
 )
+
+// Who cannot list the images says so, and has the keeper keep what it has.
+func TestResumeWithoutMetadata(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	s, err := New(o, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	meta := s.path("metadata.db")
+	if err := os.RemoveAll(meta); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(meta, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	o.Keeper = noKeeper{t}
+	s, err = New(o, &Sessions{State: []byte("[]")})
+	if err == nil {
+		s.Close()
+		t.Fatal("no error")
+	}
+	if !strings.Contains(err.Error(), meta) || hint.Of(err) == "" {
+		t.Errorf("%v, hint %q", err, hint.Of(err))
+	}
+}
+
+type noKeeper struct{ t *testing.T }
+
+func (k noKeeper) Keep(state []byte, _ map[string]*os.File) error {
+	k.t.Errorf("the keeper is to keep %s", state)
+	return nil
+}
 
 // An image that is wanted again while it is given up gets mounts that stay.
 func TestOpenWhileClosing(t *testing.T) {

@@ -117,6 +117,15 @@ func (k *nodeKeeper) Keep(state []byte, files map[string]*os.File) error {
 	return k.holder.Keep(kept, os.Args[1:])
 }
 
+// failed says that this process could not begin. What one before it has left
+// stays kept, for the next: containers read through it, and what is in the way,
+// a full disk perhaps, may pass.
+func (k *nodeKeeper) failed() {
+	if !k.resumes() {
+		k.over()
+	}
+}
+
 // over ends keeping by a holder. What systemd keeps it gives to the service's
 // next process, or drops.
 func (k *nodeKeeper) over() {

@@ -145,14 +145,16 @@ func (f *snapshotterFlags) run(ctx context.Context, g *global) error {
 	}
 	s, err := snapshotter.New(snapshotter.Options{Mount: f.opts, Keeper: k, RemapIDs: f.remapIDs}, k.sessions())
 	if err != nil {
-		k.over()
+		k.failed()
 		return err
 	}
 	if f.metricsAddr != "" {
 		reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 		endpoint, err := f.mountFlags.listen(reg, k.resumes())
 		if err != nil {
-			return errors.Join(err, s.Close())
+			err = errors.Join(err, s.Close())
+			k.failed()
+			return err
 		}
 		defer endpoint.Close()
 	}
