@@ -151,7 +151,9 @@ func TestHybridRequests(t *testing.T) {
 		t.Errorf("%d files, want %d", got, n)
 	}
 	// Each of the other half is looked up and read once; so are their folders.
-	if got := count.since(); got["read"] != n/2 || got["lookup"] > 2*n/2 || got["open"]+got["flush"] > 2 || len(got) > 4 {
+	// Until the kernel knows that nobody wants OPEN and FLUSH, the reader and the
+	// watch of opens may both send one.
+	if got := count.since(); got["read"] != n/2 || got["lookup"] > 2*n/2 || got["open"] > 2 || got["flush"] > 2 || len(got) > 4 {
 		t.Errorf("half of the image is not whole: %v, want %d reads and their lookups", got, n/2)
 	}
 	end(t, m, mnt)
