@@ -18,8 +18,9 @@
 //
 //	demand    Need: a reader waits. Goes first. Fetches ahead what one more
 //	          round trip would cost more than.
-//	prefetch  Fill: what its caller knows will be wanted, in that order; then
-//	          the layers' prioritized files, one range each
+//	prefetch  Fill: what its caller knows will be wanted, in that order, or in
+//	          long ranges where that is faster (Plan); then the layers'
+//	          prioritized files, one range each
 //	fill      Fill: all the rest in order, in long ranges, several at once
 //
 // While a demand request is under way, only the oldest of the other requests

@@ -38,6 +38,10 @@ type FetchOptions struct {
 	// will want. What is not in the image is passed over.
 	First []Part
 
+	// Link is what earlier requests to the source have told of the way to it.
+	// Nil: nothing.
+	Link *Link
+
 	// Streams is how many ranges Fill receives at once. 0: 6.
 	Streams int
 
@@ -94,7 +98,7 @@ type Fetcher struct {
 	blobs  []Blob
 	sink   Sink
 	opts   FetchOptions
-	link   *link
+	link   *Link
 
 	demand, prefetch, fill *tally
 
@@ -119,6 +123,7 @@ type Fetcher struct {
 	waiting  map[*waiter]struct{}
 	readers  map[int]*reader // by content
 	near     neighbourhood
+	plan     Plan
 }
 
 type layerBounds struct{ first, end int }
@@ -144,11 +149,14 @@ func New(x *image.Index, blobs []Blob, sink Sink, o FetchOptions) *Fetcher {
 	if o.Streams <= 0 {
 		o.Streams = defaultStreams
 	}
+	if o.Link == nil {
+		o.Link = NewLink()
+	}
 	if o.Logger == nil {
 		o.Logger = slog.New(slog.DiscardHandler)
 	}
 	f := &Fetcher{
-		x: x, layers: x.Layers(), blobs: blobs, sink: sink, opts: o, link: newLink(),
+		x: x, layers: x.Layers(), blobs: blobs, sink: sink, opts: o, link: o.Link,
 		demand:   &tally{class: metrics.Demand, metrics: o.Metrics},
 		prefetch: &tally{class: metrics.Prefetch, metrics: o.Metrics},
 		fill:     &tally{class: metrics.Fill, metrics: o.Metrics},

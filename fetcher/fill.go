@@ -1,10 +1,10 @@
 package fetcher
 
 import (
-	"cmp"
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -25,16 +25,17 @@ type filling struct {
 	ctx context.Context
 
 	// Guarded by Fetcher.mu.
-	done   bool         // nothing is left to take
-	first  []span       // of FetchOptions.First, in its order, that no range was made for
-	batch  int64        // bytes of the next ranges from first
-	ranges []span       // prefetch, in order
-	urgent bool         // ranges are from first
-	marked bool         // ranges of the prioritized files were made
-	next   int          // the first chunk that no range was made for
-	bad    map[int]bool // layers whose blob could not be had
-	errs   []error      // of chunks and layers
-	fatal  error        // of the disk
+	done    bool         // nothing is left to take
+	first   []span       // of FetchOptions.First, in its order, that no range was made for
+	decided bool         // how first is brought
+	batch   int64        // bytes of the next ranges from first
+	ranges  []span       // prefetch, in order
+	urgent  bool         // ranges are from first
+	marked  bool         // ranges of the prioritized files were made
+	next    int          // the first chunk that no range was made for
+	bad     map[int]bool // layers whose blob could not be had
+	errs    []error      // of chunks and layers
+	fatal   error        // of the disk
 }
 
 // Fill brings everything that is missing: first FetchOptions.First, then the
@@ -102,7 +103,8 @@ func (f *Fetcher) countMissing() int {
 
 // pass goes over all chunks once.
 func (f *Fetcher) pass(ctx context.Context) error {
-	p := &filling{f: f, ctx: ctx, bad: map[int]bool{}, first: f.firstSpans(), batch: 4 * f.link.ahead()}
+	first, needed := f.firstSpans()
+	p := &filling{f: f, ctx: ctx, bad: map[int]bool{}, first: first, batch: 4 * f.link.ahead()}
 	stop := context.AfterFunc(ctx, func() {
 		f.mu.Lock()
 		defer f.mu.Unlock()
@@ -111,6 +113,9 @@ func (f *Fetcher) pass(ctx context.Context) error {
 	defer stop()
 	f.mu.Lock()
 	f.near = neighbourhood{open: true}
+	if needed > 0 && f.plan.Mode == "" {
+		f.plan = Plan{Mode: ModePrefetch, Needed: needed, Size: sizeOf(f.layers)}
+	}
 	f.mu.Unlock()
 	defer func() {
 		f.mu.Lock()
@@ -133,9 +138,9 @@ func (f *Fetcher) pass(ctx context.Context) error {
 	return joined(p.errs)
 }
 
-// firstSpans returns the missing spans of FetchOptions.First, in its order.
-func (f *Fetcher) firstSpans() []span {
-	var spans []span
+// firstSpans returns the missing spans of FetchOptions.First, in its order, and
+// how many bytes those have that are in the image, missing or not.
+func (f *Fetcher) firstSpans() (spans []span, needed int64) {
 	seen := map[int]bool{}
 	for _, part := range f.opts.First {
 		if part.Content < 0 || part.Content >= f.x.Contents() || part.Off < 0 {
@@ -148,46 +153,41 @@ func (f *Fetcher) firstSpans() []span {
 			if ch.FileOffset-part.Off >= part.N {
 				break
 			}
-			if ch.Zero || !f.sink.Missing(j) {
+			if ch.Zero {
 				continue
 			}
-			if sp := spanOf(f.x, j); !seen[sp.first] {
-				seen[sp.first] = true
+			sp := spanOf(f.x, j)
+			was, ok := seen[sp.first]
+			if !ok {
+				needed += sp.limit - sp.off
+			}
+			if missing := f.sink.Missing(j); missing && !was {
 				spans = append(spans, sp)
+				seen[sp.first] = true
+			} else if !ok {
+				seen[sp.first] = false
 			}
 		}
 	}
-	return spans
+	return spans, needed
 }
 
 // more makes the next ranges to prefetch, and reports whether there are any:
 // from the first spans so many that they come together in a moment, and of
-// those one range for what lies side by side; then the prioritized files.
-// f.mu is held.
+// those one range for what lies side by side, or all of them in the ranges of
+// ModeStream; then the prioritized files. f.mu is held.
 func (p *filling) more() bool {
 	f := p.f
 	if len(p.first) > 0 {
-		var batch []span
-		for bytes := int64(0); len(p.first) > 0 && (len(batch) == 0 || bytes+p.first[0].limit-p.first[0].off <= p.batch); p.first = p.first[1:] {
-			if sp := p.first[0]; f.spanMissing(sp) && !f.covered(sp) {
-				batch = append(batch, sp)
-				bytes += sp.limit - sp.off
-			}
-		}
-		p.batch = min(2*p.batch, maxFill)
-		// Numbers of chunks are in the order of layers and offsets.
-		slices.SortFunc(batch, func(a, b span) int { return cmp.Compare(a.first, b.first) })
-		// Requests overlap, so that bytes nobody wants cost more than latency.
-		gap := f.link.ahead() / int64(f.opts.Streams)
-		for _, sp := range batch {
-			n := len(p.ranges)
-			if n > 0 && f.x.Chunk(p.ranges[n-1].first).Layer == f.x.Chunk(sp.first).Layer && sp.off-p.ranges[n-1].limit <= gap {
-				p.ranges[n-1].end, p.ranges[n-1].limit = sp.end, sp.limit
-			} else {
-				p.ranges = append(p.ranges, sp)
-			}
-		}
 		p.urgent = true
+		if p.decide() {
+			return true
+		}
+		var batch []span
+		batch, p.first = nextBatch(p.first, p.batch, func(sp span) bool { return f.spanMissing(sp) && !f.covered(sp) })
+		pl := p.planner(f.link.estimate())
+		p.ranges = pl.merge(batch, pl.gap, math.MaxInt64)
+		p.batch = min(2*p.batch, maxFill)
 		return true
 	}
 	if p.urgent = false; !p.marked {
@@ -321,9 +321,7 @@ func (p *filling) take() *job {
 			return j
 		}
 	}
-	_, rate := f.link.estimate()
-	size := min(maxFill, max(minFill, int64(rate*fillTime.Seconds())))
-	gap := f.link.ahead()
+	size, gap := f.fillSize(), f.link.ahead()
 	var j *job
 	for p.next < f.zeros {
 		sp := spanOf(f.x, p.next)
@@ -343,6 +341,12 @@ func (p *filling) take() *job {
 		p.next = sp.end
 	}
 	return j
+}
+
+// fillSize returns how long a range of fill may be, in bytes of the blob.
+func (f *Fetcher) fillSize() int64 {
+	_, rate := f.link.estimate()
+	return min(maxFill, max(minFill, int64(rate*fillTime.Seconds())))
 }
 
 // settle waits for the demand jobs that a pass left chunks to.

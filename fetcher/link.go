@@ -1,6 +1,8 @@
 package fetcher
 
 import (
+	"context"
+	"io"
 	"sync"
 	"time"
 )
@@ -30,11 +32,11 @@ const (
 	randomAfter = 3
 )
 
-// A link estimates latency and bandwidth of the way to the source, as our own
-// requests see it. The cost model: a request costs one latency; in that time
+// A Link estimates latency and bandwidth of the way to the source, as our own
+// requests see it: a Fetcher's, and those of its ReaderAt. The cost model: a request costs one latency; in that time
 // the link carries rate × latency bytes, so that fewer bytes than these, wanted
 // or not, are cheaper received than asked for anew.
-type link struct {
+type Link struct {
 	mu      sync.Mutex
 	latency time.Duration // from request to first byte; leans to the shortest, since load lengthens it
 	rate    float64       // bytes per second of all bodies together
@@ -43,12 +45,33 @@ type link struct {
 	since  time.Time
 	busy   time.Duration // with active > 0, of the sample
 	bytes  int64         // of the sample
+
+	samples     int64 // bytes of all samples
+	samplesBusy time.Duration
 }
 
-func newLink() *link { return &link{rate: firstRate} }
+// NewLink makes a Link of which nothing is known.
+func NewLink() *Link { return &Link{rate: firstRate} }
+
+// ReaderAt is the function ReaderAt with requests that are measured. l may be nil.
+func (l *Link) ReaderAt(ctx context.Context, b Blob, size int64) io.ReaderAt {
+	return &readerAt{ctx, b, size, l}
+}
+
+// A linkReader counts what is read of a body.
+type linkReader struct {
+	r    io.Reader
+	link *Link
+}
+
+func (r linkReader) Read(p []byte) (int, error) {
+	n, err := r.r.Read(p)
+	r.link.received(n)
+	return n, err
+}
 
 // answered records how long a request took until its first byte.
-func (l *link) answered(d time.Duration) {
+func (l *Link) answered(d time.Duration) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.latency == 0 || d < l.latency {
@@ -59,7 +82,7 @@ func (l *link) answered(d time.Duration) {
 }
 
 // receive counts one body more (1) or less (-1) that receives.
-func (l *link) receive(by int) {
+func (l *Link) receive(by int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now := time.Now()
@@ -71,7 +94,7 @@ func (l *link) receive(by int) {
 }
 
 // received counts n bytes of body.
-func (l *link) received(n int) {
+func (l *Link) received(n int) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	l.bytes += int64(n)
@@ -86,12 +109,14 @@ func (l *link) received(n int) {
 	if busy < sampleTime {
 		return
 	}
+	l.samples += l.bytes
+	l.samplesBusy += busy
 	l.rate += (float64(l.bytes)/busy.Seconds() - l.rate) * 0.3
 	l.bytes, l.busy, l.since = 0, 0, now
 }
 
 // estimate returns the latency, and the bandwidth in bytes per second.
-func (l *link) estimate() (time.Duration, float64) {
+func (l *Link) estimate() (time.Duration, float64) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if l.latency == 0 {
@@ -100,8 +125,19 @@ func (l *link) estimate() (time.Duration, float64) {
 	return l.latency, l.rate
 }
 
+// measured is estimate without what was assumed at first: the bandwidth is that
+// of all samples. It reports false if there is none.
+func (l *Link) measured() (time.Duration, float64, bool) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.latency == 0 || l.samplesBusy <= 0 {
+		return 0, 0, false
+	}
+	return l.latency, float64(l.samples) / l.samplesBusy.Seconds(), true
+}
+
 // ahead returns how many bytes one round trip is worth.
-func (l *link) ahead() int64 {
+func (l *Link) ahead() int64 {
 	latency, rate := l.estimate()
 	return min(maxAhead, max(minAhead, int64(rate*latency.Seconds())))
 }

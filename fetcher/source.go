@@ -187,13 +187,14 @@ func readDigest(ctx context.Context, b Blob, d ocispec.Descriptor) ([]byte, erro
 
 // ReaderAt reads a blob of size bytes, each ReadAt by one request under ctx.
 func ReaderAt(ctx context.Context, b Blob, size int64) io.ReaderAt {
-	return &readerAt{ctx, b, size}
+	return &readerAt{ctx, b, size, nil}
 }
 
 type readerAt struct {
 	ctx  context.Context
 	b    Blob
 	size int64
+	link *Link // measures the requests; may be nil
 }
 
 func (r *readerAt) ReadAt(p []byte, off int64) (int, error) {
@@ -208,12 +209,20 @@ func (r *readerAt) ReadAt(p []byte, off int64) (int, error) {
 	}
 	n := 0
 	if want > 0 {
+		start := time.Now()
 		body, err := r.b.ReadRange(r.ctx, off, want)
 		if err != nil {
 			return 0, err
 		}
 		defer body.Close()
-		if n, err = io.ReadFull(body, p[:want]); err != nil {
+		in := io.Reader(body)
+		if r.link != nil {
+			r.link.answered(time.Since(start))
+			r.link.receive(1)
+			defer r.link.receive(-1)
+			in = linkReader{body, r.link}
+		}
+		if n, err = io.ReadFull(in, p[:want]); err != nil {
 			return n, noEOF(err)
 		}
 	}
