@@ -161,6 +161,7 @@ type Mount struct {
 	inherited   []image.Access // the profile of a related image, or one that was given
 	asked       *profileQuery  // nil: Options.Profile has not been asked
 	src         fetcher.Source
+	link        *fetcher.Link // to src
 	reader      *erofs.Reader
 	server      *fusefs.Server
 	objects     *objectFolders // of a composefs: source
@@ -296,7 +297,7 @@ func newMount(source, mountpoint string, o Options) *Mount {
 	o.Source.Metrics, o.Source.Logger = o.Metrics, log
 	m := &Mount{
 		opts: o, log: log,
-		mountpoint: mountpoint, source: source, started: time.Now(), begun: time.Now(),
+		mountpoint: mountpoint, source: source, started: time.Now(), begun: time.Now(), link: fetcher.NewLink(),
 		change: make(chan struct{}),
 	}
 	m.unwatch = func() {}
@@ -375,7 +376,7 @@ func (m *Mount) newFetcher(first []fetcher.Part) *fetcher.Fetcher {
 	}
 	m.spare = newSpareChunks(m.image.index, m.contents, m.opts.SpareMemory)
 	return fetcher.New(m.image.index, blobs, m.spare, fetcher.FetchOptions{
-		Share: m.opts.Share, First: first, Checkpoint: m.image.indexes.checkpoint, Waited: m.story.waited(m.image.index), Metrics: m.opts.Metrics, Logger: m.log})
+		Share: m.opts.Share, First: first, Link: m.link, Checkpoint: m.image.indexes.checkpoint, Waited: m.story.waited(m.image.index), Metrics: m.opts.Metrics, Logger: m.log})
 }
 
 func (m *Mount) fuseOptions() fusefs.Options {

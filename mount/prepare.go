@@ -350,7 +350,7 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (*tabl
 				return fmt.Errorf("layer %d: %w", i, err)
 			}
 			blob := m.src.Blob(desc)
-			r := &countingReaderAt{r: fetcher.ReaderAt(gctx, blob, desc.Size), requests: &requests, bytes: &bytes}
+			r := &countingReaderAt{r: m.link.ReaderAt(gctx, blob, desc.Size), requests: &requests, bytes: &bytes}
 			o := toc.Options{Annotations: desc.Annotations, InsecureTOC: manifest.LocalLayer}
 			t, err := toc.Read(r, desc.Size, o)
 			_, _, promised := toc.Promised(desc.Annotations)
@@ -358,7 +358,7 @@ func (m *Mount) readTOCs(ctx context.Context, manifest *fetcher.Manifest) (*tabl
 			if other, ok := fetcher.Elsewhere(blob); ok && !final && !r.failed {
 				// The bytes came, and are not what they should be.
 				m.log.Debug("a table of contents is asked for again", "layer", i, "error", err)
-				r.r = fetcher.ReaderAt(gctx, other, desc.Size)
+				r.r = m.link.ReaderAt(gctx, other, desc.Size)
 				t, err = toc.Read(r, desc.Size, o)
 			}
 			if errors.Is(err, toc.ErrNoTOCDigest) && m.opts.InsecureTOC {

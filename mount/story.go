@@ -63,8 +63,10 @@ type Story struct {
 	Shared      int64 `json:"shared_bytes"`
 	Needed      int64 `json:"needed_bytes"`
 	// Prefetch is how many parts of files an access profile has named.
-	Prefetch int             `json:"profile_accesses"`
-	Fetched  map[string]Work `json:"fetched"` // by class of work
+	Prefetch int `json:"profile_accesses"`
+	// Plan is how these are fetched, and why; nil if there are none.
+	Plan    *Plan           `json:"plan"`
+	Fetched map[string]Work `json:"fetched"` // by class of work
 	// Of the link: how long an answer takes, and how many bytes come in a
 	// second.
 	LatencySeconds float64 `json:"latency_seconds"`
@@ -309,6 +311,7 @@ func (m *Mount) Story() *Story {
 		s.Fetched[class] = Work{Requests: before.Requests + w.Requests, Bytes: before.Bytes + w.Bytes}
 	}
 	if m.fetch != nil {
+		s.plan(m.fetch.Plan())
 		latency, rate := m.fetch.Link()
 		s.LatencySeconds, s.BytesPerSecond = latency.Seconds(), rate
 	}
@@ -368,6 +371,9 @@ func (m *Mount) saveStory() error {
 	size := m.story.size()
 	saved := m.story.saved
 	m.story.mu.Unlock()
+	if m.fetch.Plan().Measured {
+		size++
+	}
 	if size <= saved {
 		return nil
 	}
@@ -415,6 +421,9 @@ func parseStory(data []byte) (*Story, error) {
 		return nil, fmt.Errorf("version %d, want 1", s.Version)
 	case len(s.Waits) > firstWaits+lastWaits || len(s.Uses) > firstUses:
 		return nil, errors.New("more reads than a story has")
+	}
+	if err := s.Plan.check(); err != nil {
+		return nil, err
 	}
 	for _, w := range s.Waits {
 		if _, err := toc.ParseDigest(w.Content); err != nil || w.At < 0 || w.Seconds < 0 {

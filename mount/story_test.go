@@ -181,6 +181,7 @@ func FuzzParseStory(f *testing.F) {
 	f.Add([]byte(`{"version":1,"waits":[{"content":"sha256:e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855","at_seconds":1,"seconds":2}],"uses":[{"chunk":3,"at_seconds":1}]}`))
 	f.Add([]byte(`{"version":1,"waits":[{"content":"x"}]}`))
 	f.Add([]byte(`{"version":2}`))
+	f.Add([]byte(`{"version":1,"profile_accesses":3,"plan":{"mode":"stream","measured":true,"density":0.5,"prefetch":{"requests":2,"bytes":9,"seconds":1e300}}}`))
 	f.Add([]byte(`{"version":1,"mounted_seconds":1e308,"bytes_per_second":-1,"uses":[{"chunk":-1}]}`))
 	f.Fuzz(func(t *testing.T, data []byte) {
 		s, err := parseStory(data)

@@ -14,8 +14,9 @@ import (
 )
 
 const explainHelp = `Explain the mount at MOUNTPOINT: which backend serves it and why, where the time
-of its start went, which bytes were needed, fetched and shared, what keeps it
-from the next state, and who would suffer if the process that serves it died.
+of its start went, how what an access profile names was fetched and by what
+arithmetic, which bytes were needed, fetched and shared, what keeps it from the
+next state, and who would suffer if the process that serves it died.
 
 The start is the time from the command to the end of the last read that waited,
 or to --until. It is accounted for in whole: the steps until the mount was there;
@@ -101,6 +102,7 @@ func printExplanation(w io.Writer, e *mount.Explanation, slowest int, timeline b
 		return
 	}
 	printStart(w, e)
+	printPlan(w, e.Story)
 	printBytes(w, e)
 	printWaits(w, e, slowest, timeline)
 }
@@ -134,6 +136,42 @@ func printStart(w io.Writer, e *mount.Explanation) {
 		fmt.Fprintf(w, "An access profile of all this would have saved some %.3f s of the waiting ('cfs-fuse profile'); this start had one of %d parts.\n",
 			st.PrefetchSaves, e.Story.Prefetch)
 	}
+}
+
+// printPlan says how what the access profile names was fetched, and why so.
+func printPlan(w io.Writer, s *mount.Story) {
+	fmt.Fprintln(w, "\nMODE")
+	p := s.Plan
+	switch {
+	case s.Prefetch == 0:
+		fmt.Fprintln(w, "no access profile was known: what programs read comes first, then what is near, then the rest in order")
+		return
+	case p == nil:
+		fmt.Fprintln(w, "not known: the story is of a version that did not keep it")
+		return
+	case p.Mode == "":
+		fmt.Fprintln(w, "not decided: nothing is fetched ahead yet, or ever (mount --fill=false)")
+		return
+	}
+	rows := [][]string{{"needed", fmt.Sprintf("%s of %s of compressed layers, by the access profile: a density of %.3f", size(p.Needed), size(p.Size), p.Density)}}
+	if !p.Measured {
+		rows = append(rows, []string{"decision", p.Mode + ": all of it was local, or asked for before the link had been measured"})
+		writeColumns(w, rows)
+		return
+	}
+	cost := func(c mount.PlanCost) string {
+		return fmt.Sprintf("%.3f s: %s in %d requests", c.Seconds, size(c.Bytes), c.Requests)
+	}
+	why := "long ranges would not have what is needed a tenth sooner"
+	if p.Mode == "stream" {
+		why = "long ranges, with all that lies in them, have what is needed a tenth sooner, or more"
+	}
+	writeColumns(w, append(rows,
+		[]string{"left", size(p.Left) + " of that were neither local nor under way when it was decided"},
+		[]string{"link", fmt.Sprintf("%.1f ms, %.1f MB/s", 1000*p.LatencySeconds, p.BytesPerSecond/1e6)},
+		[]string{"prefetch", cost(p.Prefetch)},
+		[]string{"stream", cost(p.Stream)},
+		[]string{"decision", p.Mode + ": " + why}))
 }
 
 func printBytes(w io.Writer, e *mount.Explanation) {
