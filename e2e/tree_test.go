@@ -35,7 +35,7 @@ func TestTrees(t *testing.T) {
 			return newLink(t, registry.Addr, lan).addr + "/" + images.Small + "@" + desc.Digest.String()
 		}, images.Small},
 		{"oci of stargz's zstd chunked", local("oci:" + set.Layout(images.ZstdStargz) + ":" + images.Debian), images.Debian},
-		{"docker gzip", docker(images.Plain, images.Debian), images.Debian},
+		{"docker gzip", docker(images.Plain, images.Odd), images.Odd},
 		{"oci by digest", local("oci:" + set.Layout(images.EStargz) + "@" + desc.Digest.String()), images.Small},
 		{"oci-archive", local("oci-archive:" + set.Archive()), images.Debian},
 	} {
