@@ -46,7 +46,7 @@ const (
 )
 
 func (f form) String() string {
-	return [...]string{"eStargz", "zstd:chunked (Podman)", "zstd:chunked (stargz)"}[f]
+	return [...]string{"eStargz", "zstd:chunked (Podman)", "zstd:chunked (stargz)", "gzip without a table of contents"}[f]
 }
 
 // The words that cases are written in.
