@@ -122,6 +122,9 @@ func New(o Options, kept *Sessions) (_ *Snapshotter, err error) {
 			s.lock.Close()
 		}
 	}()
+	if err = s.removeUnfinished(); err != nil {
+		return nil, err
+	}
 	if s.meta, err = storage.NewMetaStore(s.path("metadata.db")); err != nil {
 		return nil, fmt.Errorf("snapshots of %s: %w", s.root, err)
 	}
@@ -136,6 +139,21 @@ func New(o Options, kept *Sessions) (_ *Snapshotter, err error) {
 	s.run.Go(func() { s.tidy(ctx) })
 	s.run.Go(func() { s.open(ctx) })
 	return s, nil
+}
+
+// removeUnfinished removes the folders of snapshots that a process was making
+// when it was killed: nobody else makes any, as s has the lock.
+func (s *Snapshotter) removeUnfinished() error {
+	dirs, err := os.ReadDir(s.path("snapshots"))
+	for _, d := range dirs {
+		if isNew(d.Name()) {
+			err = errors.Join(err, os.RemoveAll(s.dir(d.Name())))
+		}
+	}
+	if err != nil {
+		return hint.Wrap(fmt.Errorf("remove what was not finished of the snapshots: %w", err), "look at "+s.path("snapshots"))
+	}
+	return nil
 }
 
 // lockTime is how long a process that has just died may take to let go of its

@@ -3,6 +3,7 @@ package snapshotter
 import (
 	"context"
 	"os"
+	"path/filepath"
 	"strings"
 	"testing"
 	"time"
@@ -95,4 +96,26 @@ func TestOpenWhileClosing(t *testing.T) {
 		t.Errorf("%s of an image that is in use: %v", stack.Tree, err)
 	}
 	done()
+}
+
+// What a process was making when it was killed goes at the next start.
+func TestUnfinished(t *testing.T) {
+	o := testOptions(t, t.TempDir())
+	s, err := New(o, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.MkdirAll(filepath.Join(s.path("snapshots"), "new-123", "fs"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if s, err = New(o, nil); err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	if dirs, err := os.ReadDir(s.path("snapshots")); err != nil || len(dirs) > 0 {
+		t.Errorf("left: %v, %v", dirs, err)
+	}
 }

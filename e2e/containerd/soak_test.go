@@ -66,6 +66,9 @@ func TestKillSoak(t *testing.T) {
 	run := func(ref, id string) (string, error) {
 		for try := 0; ; try++ {
 			out, err := n.Run(ctx, ref, fmt.Sprint(id, "-", try), "sh", "-c", "mkdir -p /app; "+sumTree(folders))
+			if err == nil && out == "" && try < 20 {
+				continue // the sum of nothing has a line, too: ctr was too late for a short program's output
+			}
 			if err == nil || try >= 20 || !strings.Contains(err.Error(), "navailable") && !strings.Contains(err.Error(), "error reading from server") {
 				return strings.TrimSpace(out), err
 			}
